@@ -1,0 +1,29 @@
+"""tutelage: knowledge distillation for PyTorch, from the formula to the deployed student."""
+
+from tutelage import functional
+from tutelage.distillation import Distillation, Losses
+from tutelage.knowledge.base import Loss
+from tutelage.knowledge.response.kd import KD
+from tutelage.knowledge.response.task import TaskLoss
+from tutelage.schedule import Constant, Cosine, Ramp, Stage, StopAt, WarmUp
+from tutelage.teachers import Frozen, Lesson, NoTeacher, Teacher
+
+__version__ = "0.1.0"
+__all__ = [
+    "KD",
+    "Constant",
+    "Cosine",
+    "Distillation",
+    "Frozen",
+    "Lesson",
+    "Loss",
+    "Losses",
+    "NoTeacher",
+    "Ramp",
+    "Stage",
+    "StopAt",
+    "TaskLoss",
+    "Teacher",
+    "WarmUp",
+    "functional",
+]

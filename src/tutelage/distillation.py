@@ -1,0 +1,226 @@
+"""The six roles bound together, and the one step that every method of the survey is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.beside import SideLearner
+from tutelage.console import say
+from tutelage.knowledge.base import Loss
+from tutelage.knowledge.response.kd import KD
+from tutelage.knowledge.response.task import TaskLoss
+from tutelage.taps import Observer
+from tutelage.teachers import NoTeacher, Teacher, as_teacher
+from tutelage.views import Batch, SameView
+
+
+@dataclass
+class Losses:
+    """What one batch costs.
+
+    Args:
+        total: Σ weight·value, to call ``backward()`` on.
+        values: each term before its weight, detached.
+        weights: each term's weight at this moment.
+
+    >>> losses = Losses(torch.tensor(3.0), {"KD": torch.tensor(1.5)}, {"KD": 2.0})
+    >>> losses["KD"], losses.weights["KD"]
+    (tensor(1.5000), 2.0)
+    """
+
+    total: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+class Distillation(nn.Module):
+    """A student, a teacher, what each sees, and what is transferred. Calling it with a batch is one step's forward.
+
+    ``parameters()`` are the student's and those that losses learn; never the teacher's.
+
+    Args:
+        student: any module that learns.
+        teacher: any module (it is frozen, not copied), a :class:`tutelage.teachers.Teacher`, or ``None`` to train the
+            student alone.
+        losses: the terms; by default ``[TaskLoss(weight=0.1), KD(weight=0.9)]``, or the task alone without a teacher.
+        views: turns what the loader gives into a :class:`tutelage.views.Batch`; by default both models see the same.
+
+    >>> from tutelage import KD, TaskLoss
+    >>> student, teacher = nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> batch = torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1])
+    >>> d = Distillation(student, teacher, losses=[TaskLoss(), KD(temperature=4)]).bind(batch)
+    >>> losses = d(batch)
+    >>> losses.total.backward()
+    >>> sorted(losses.values), teacher[0].weight.grad
+    (['KD', 'TaskLoss'], None)
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None = None,
+        losses: Sequence[Loss] | None = None,
+        views: Callable[[Any], Batch] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student: expected an nn.Module, got {type(student).__name__}")
+        self.student = student
+        self._teacher = (as_teacher(teacher),)  # in a tuple, so that no network of the teacher is a submodule
+        if losses is None:
+            losses = [TaskLoss()] if teacher is None else [TaskLoss(weight=0.1), KD(weight=0.9)]
+        for loss in losses:
+            if not isinstance(loss, Loss):
+                raise TypeError(f"losses: expected tutelage losses, got {type(loss).__name__}")
+        if not losses:
+            raise ValueError("losses: at least one is needed")
+        self.losses = nn.ModuleDict()
+        for loss in losses:
+            same = sum(other.name == loss.name for other in self.losses.values())
+            self.losses[f"{loss.name}_{same + 1}" if same else loss.name] = loss
+        self.views = views or SameView()
+        self.progress = 0.0
+        self.observer: Observer | None = None
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    def bind(self, batch: Any, population: int | None = None) -> Distillation:
+        """Look every address up, run both models once on ``batch``, build what losses own, and check everything.
+
+        Nothing that was there before changes: modes, buffers and random numbers are as they came. A second call
+        does nothing.
+
+        Args:
+            batch: a first batch, on the student's device.
+            population: the number of training samples, for losses that remember each one.
+
+        Raises:
+            ValueError: an address, a shape, missing labels or ids, non-finite inputs; the message names it.
+        """
+        if self.observer is not None:
+            return self
+        batch = replace(self.views(batch), population=population)
+        self._check_batch(batch)
+        names = self.teacher.names(self.student)
+        with _untouched(self.student, self.losses):
+            self.student.train()
+            self.losses.eval()  # a loss in eval mode does not change what it remembers
+            for loss in self.losses.values():
+                if loss.resolve(*names, batch):
+                    where = ", ".join(f"student {s!r} ← teacher {t!r}" for s, t in loss.pairs)
+                    say(f"{loss.name} reads {where}")
+            reads_s = [s for loss in self.losses.values() for s, _ in loss.pairs]
+            reads_t = [t for loss in self.losses.values() if loss.needs_teacher for _, t in loss.pairs]
+            observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))
+            built: set[str] = set()
+            for lesson in self.teacher.lessons(batch, observer.dry_run(batch.student)):
+                for name, loss in self._applying(lesson.teacher):
+                    if name not in built:
+                        loss.build(lesson.student, lesson.teacher, batch)
+                        loss.to(self.device).eval()
+                        built.add(name)
+                    loss.check(lesson.student, lesson.teacher, batch)
+                    loss(lesson.student, lesson.teacher, batch)
+            if idle := sorted(set(self.losses) - built):
+                raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
+        self.losses.train(self.training)
+        self.observer = observer
+        return self
+
+    def forward(self, batch: Any, shares: dict[str, Tensor] | None = None) -> Losses:
+        """One step's forward: both models once, then every term.
+
+        Args:
+            batch: what the loader gave, on the student's device.
+            shares: each term's part of a step that is made of several batches (:meth:`units` over the step's);
+                ``None`` for a step of one batch.
+        """
+        if self.observer is None:
+            self.bind(batch)
+            assert self.observer is not None
+        batch = replace(self.views(batch), progress=self.progress)
+        lessons = self.teacher.lessons(batch, self.observer(batch.student))
+        weights = {name: loss.weight_at(self.progress) for name, loss in self.losses.items()}
+        values: dict[str, Tensor] = {}
+        with torch.autocast(self.device.type, enabled=False):
+            for lesson in lessons:
+                for name, loss in self._applying(lesson.teacher):
+                    if weights[name]:
+                        value = loss(lesson.student, lesson.teacher, batch) * lesson.weight
+                        values[name] = values[name] + value if name in values else value
+            terms = [weights[n] * v * (1.0 if shares is None else shares[n]) for n, v in values.items()]
+            total = torch.stack(terms).sum() if terms else torch.zeros((), device=self.device, requires_grad=True)
+        return Losses(total, {n: v.detach() for n, v in values.items()}, weights)
+
+    def units(self, raw: Any) -> dict[str, Tensor | int]:
+        """What each term of this batch is a mean over, to combine several batches into one step."""
+        batch = SameView()(raw)
+        return {name: loss.units(batch) for name, loss in self.losses.items()}
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether a step may leave parameters without gradient (a partial forward pass, a weight that falls to 0)."""
+        partial = self.observer is not None and self.observer.partial
+        return partial or any(callable(loss.weight) for loss in self.losses.values())
+
+    def side_learners(self) -> dict[str, SideLearner]:
+        """Everything inside the losses that learns with an optimiser of its own."""
+        return {n: m for n, m in self.losses.named_modules() if isinstance(m, SideLearner)}
+
+    def _applying(self, teacher: Any) -> Iterator[tuple[str, Loss]]:
+        return ((n, loss) for n, loss in self.losses.items() if teacher is not None or not loss.needs_teacher)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Distillation:
+        super()._apply(fn, recurse)
+        self.teacher.apply(lambda network: network._apply(fn))
+        return self
+
+    def _check_batch(self, batch: Batch) -> None:
+        for name, tensor in (("student", t) for t in batch.student.tensors()):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"inputs of the {name}: NaN or infinite values in the first batch")
+        for loss in self.losses.values():
+            if loss.needs_labels and batch.labels is None:
+                raise ValueError(f"{loss.name} needs labels, and the batch has none (see tutelage.views.read_batch)")
+            if loss.needs_ids and batch.ids is None:
+                raise ValueError(
+                    f"{loss.name} needs sample ids, and the batch has none: wrap the data set in tutelage.data.Indexed"
+                )
+            if len(batch) < loss.needs_samples:
+                raise ValueError(
+                    f"{loss.name} compares samples and needs at least {loss.needs_samples} in a batch; "
+                    f"the first batch has {len(batch)}"
+                )
+            if loss.needs_teacher and isinstance(self.teacher, NoTeacher):
+                raise ValueError(f"{loss.name} needs a teacher, and there is none")
+
+
+@contextmanager
+def _untouched(*modules: nn.Module) -> Iterator[None]:
+    """Run without gradients, and leave buffers, modes and random numbers as they were."""
+    state = [(m, m.training) for module in modules for m in module.modules()]
+    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(cuda), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for module, training in state:
+                module.training = training

@@ -1,0 +1,142 @@
+"""The teacher role: who teaches whom, and the one policy for frozen networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.record import Record
+from tutelage.taps import Observer
+from tutelage.views import Batch
+
+
+@dataclass
+class Lesson:
+    """One who learns and one who teaches, on one batch.
+
+    Args:
+        student: the learner's record.
+        teacher: the teacher's record, or ``None`` where somebody learns from the labels alone; losses that need a
+            teacher pass such a lesson over.
+        weight: of this lesson among the batch's lessons.
+    """
+
+    student: Record
+    teacher: Record | None
+    weight: float = 1.0
+
+
+class Teacher:
+    """Base of the teacher role. Given a batch and what the student said of it, it returns lessons.
+
+    Most subclasses override only :meth:`lessons`. A teacher that is the student itself (peers, exits) reads the
+    student's record instead of running a network, and says with :meth:`bind` what it wants to find there.
+    """
+
+    def names(self, student: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The two modules in which the losses' student and teacher addresses are looked up."""
+        return student, student
+
+    def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
+        """Take note of what the losses read; return the addresses to tap in the student."""
+        return student_reads
+
+    def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
+        raise NotImplementedError(f"{type(self).__name__} does not say how it teaches")
+
+    def apply(self, change: Callable[[nn.Module], Any]) -> None:
+        """Give every network that the teacher owns to ``change`` (to move it to a device)."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to resume; nothing for frozen teachers."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`own_state` gave."""
+
+
+class NoTeacher(Teacher):
+    """The student alone with the labels: the control of every comparison."""
+
+    def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
+        return [Lesson(student, None)]
+
+
+class Frozen(Teacher):
+    """A network that teaches and never changes: wholly in eval mode, without gradients, not copied.
+
+    It is no submodule of anything, so it appears in no optimiser, no DDP, no checkpoint and no export. After each
+    forward pass it is what it was, bit for bit.
+
+    Args:
+        module: the network. It is put in eval mode and its parameters stop requiring gradients.
+        batch_statistics: for methods whose authors normalise with the batch's own statistics (Overhaul): a *copy* of
+            the network runs with its batch-norm layers in train mode, without changing their running averages.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.Module``.
+
+    >>> teacher = Frozen(nn.Linear(4, 2))
+    >>> any(p.requires_grad for p in teacher.module.parameters())
+    False
+    """
+
+    def __init__(self, module: nn.Module, batch_statistics: bool = False):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"teacher: expected an nn.Module or a Teacher, got {type(module).__name__}")
+        self.module = copy.deepcopy(module) if batch_statistics else module
+        self.module.requires_grad_(False)
+        self.module.eval()
+        if batch_statistics:
+            for layer in self.module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    # Without running averages a layer in eval mode normalises with the batch.
+                    layer.track_running_stats = False
+                    layer.running_mean = layer.running_var = None
+        self.observer: Observer | None = None
+        self._dry = True
+
+    def names(self, student: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return student, self.module
+
+    def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
+        if self.module is student:
+            raise ValueError(
+                "teacher: this is the student object itself, which would freeze it; give a copy "
+                "(copy.deepcopy(student)) or another network"
+            )
+        shared = {id(p) for p in self.module.parameters()} & {id(p) for p in student.parameters()}
+        if shared:
+            raise ValueError(f"teacher: shares {len(shared)} parameter tensors with the student; give it its own")
+        self.observer, self._dry = Observer(self.module, teacher_reads), True
+        return student_reads
+
+    def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
+        assert self.observer is not None, "bind first"
+        if self.module.training or any(m.training for m in self.module.modules()):
+            self.module.eval()  # somebody called .train() on it between two steps
+        # no_grad and not inference_mode, whose tensors autograd refuses to save when a loss multiplies them
+        with torch.no_grad():
+            run = self.observer.dry_run if self._dry else self.observer
+            record = run(batch.teacher)
+        self._dry = False
+        return [Lesson(student, record)]
+
+    def apply(self, change: Callable[[nn.Module], Any]) -> None:
+        change(self.module)
+
+
+def as_teacher(teacher: nn.Module | Teacher | Sequence[nn.Module] | None) -> Teacher:
+    """The teacher role from what users give: a network, a role, or nothing.
+
+    >>> type(as_teacher(nn.Linear(2, 2))).__name__, type(as_teacher(None)).__name__
+    ('Frozen', 'NoTeacher')
+    """
+    if teacher is None:
+        return NoTeacher()
+    return teacher if isinstance(teacher, Teacher) else Frozen(teacher)
