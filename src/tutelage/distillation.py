@@ -16,7 +16,7 @@ from tutelage.knowledge.base import Loss
 from tutelage.knowledge.response.kd import KD
 from tutelage.knowledge.response.task import TaskLoss
 from tutelage.taps import Observer
-from tutelage.teachers import NoTeacher, Teacher, as_teacher
+from tutelage.teachers import Frozen, NoTeacher, Teacher, as_teacher
 from tutelage.views import Batch, SameView
 
 
@@ -77,7 +77,7 @@ class Distillation(nn.Module):
         self.student = student
         self._teacher = (as_teacher(teacher),)  # in a tuple, so that no network of the teacher is a submodule
         if losses is None:
-            losses = [TaskLoss()] if teacher is None else [TaskLoss(weight=0.1), KD(weight=0.9)]
+            losses = [TaskLoss()] if isinstance(self.teacher, NoTeacher) else [TaskLoss(weight=0.1), KD(weight=0.9)]
         for loss in losses:
             if not isinstance(loss, Loss):
                 raise TypeError(f"losses: expected tutelage losses, got {type(loss).__name__}")
@@ -171,6 +171,16 @@ class Distillation(nn.Module):
         """What each term of this batch is a mean over, to combine several batches into one step."""
         batch = SameView()(raw)
         return {name: loss.units(batch) for name, loss in self.losses.items()}
+
+    def description(self) -> dict[str, Any]:
+        """Who and what, in words, for a run's folder."""
+        teacher = self.teacher.module if isinstance(self.teacher, Frozen) else self.teacher
+        return {
+            "student": type(self.student).__name__,
+            "teacher": None if isinstance(teacher, NoTeacher) else type(teacher).__name__,
+            "losses": list(self.losses),
+            "parameters": sum(p.numel() for p in self.student.parameters()),
+        }
 
     @property
     def skips_parameters(self) -> bool:

@@ -1,0 +1,7 @@
+"""``python -m tutelage``."""
+
+import sys
+
+from tutelage.cli import main
+
+sys.exit(main())

@@ -1,0 +1,258 @@
+"""The command line: ``tutelage demo | distill | inspect | methods | measure | export``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from tutelage.console import say
+
+
+def demo(out: str = "demo", seeds: int = 3, overwrite: bool = True) -> None:
+    """A real distillation on the packaged images: a table, report.html and student.onnx, in under two minutes.
+
+    Args:
+        out: Folder for everything that is written.
+        seeds: How often student and control are trained, each time from other initial weights.
+        overwrite: Replace an earlier demo in that folder.
+    """
+    from tutelage.demo import run_demo
+
+    run_demo(out=out, seeds=seeds, overwrite=overwrite)
+
+
+def distill(
+    recipe: str,
+    set: list[str] | None = None,
+    trust: list[str] | None = None,
+    out: str | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Distil as a recipe says: a YAML file, or the name of a packaged one such as kd.
+
+    Args:
+        recipe: File, or name of a packaged recipe (`tutelage methods` lists them).
+        set: Changes to the recipe, such as training.epochs=3.
+        trust: Further packages that the recipe may import from.
+        out: The run's folder.
+        seed: Instead of the recipe's.
+        resume: Go on with the run in the folder.
+        overwrite: Replace the run in the folder.
+    """
+    from tutelage.recipe import load
+
+    changes = list(set or [])
+    changes += [f"out={json.dumps(out)}"] if out is not None else []
+    changes += [f"seed={seed}"] if seed is not None else []
+    changes += ["resume=true"] if resume else []
+    changes += ["overwrite=true"] if overwrite else []
+    result = load(recipe, changes, trust or ())()
+    report = result.report()
+    if report.rows:
+        Console().print(report.table())
+    if result.out:
+        page = report.html(result.out / "report.html") if report.rows else None
+        say(f"student: {result.out / 'student.safetensors'}" + (f"   page: {page}" if page else ""))
+
+
+def inspect(model: str, input: str = "1,3,224,224", depth: int | None = None, json: bool = False) -> None:
+    """List what can be tapped in a model: address, kind and shape of every tensor a loss may read.
+
+    Args:
+        model: resnet20, timm:resnet18, torchvision:resnet18 or package.module:function.
+        input: Shape of an input, or of token ids where it has two numbers (2,16).
+        depth: Show only addresses with at most so many parts.
+        json: Print JSON.
+    """
+    from tutelage.taps import tappable
+    from tutelage.views import Inputs
+
+    network = _create(model, None).eval()
+    lines = tappable(network, Inputs((_example(input),)))
+    lines = [line for line in lines if depth is None or line.address.count(".") < depth]
+    if json:
+        _print_json([{"address": t.address, "kind": t.kind, "shape": list(t.shape)} for t in lines])
+        return
+    table = Table("address", "module", "shape", title=f"{model}: what a loss may read")
+    for line in lines:
+        table.add_row(line.address, line.kind, " × ".join(map(str, line.shape)))
+    Console().print(table)
+    Console().print("Inputs of a module: address:input; the model's logits: @logits", highlight=False)
+
+
+def methods(section: str | None = None, json: bool = False) -> None:
+    """List every method with its survey section, role, paper and packaged recipe.
+
+    Args:
+        section: Only those of a section, such as 2.3.
+        json: Print JSON.
+    """
+    from tutelage.catalogue import methods as catalogued
+
+    found = [m for m in catalogued() if section is None or m.section.startswith(section)]
+    if json:
+        _print_json(
+            [
+                {
+                    "name": m.name,
+                    "section": m.section,
+                    "role": m.role,
+                    "paper": m.paper,
+                    "year": m.year,
+                    "link": m.link,
+                    "summary": m.summary,
+                    "recipe": m.recipe,
+                    "defaults": {k: repr(v) for k, v in m.defaults.items()},
+                }
+                for m in found
+            ]
+        )
+        return
+    table = Table("method", "section", "role", "paper", "recipe", title="Methods (sections of arXiv 2006.05525)")
+    for m in found:
+        table.add_row(m.name, m.section, m.role, f"{m.paper} ({m.year})", m.recipe.removesuffix(".yaml"))
+    Console().print(table)
+
+
+def measure(
+    model: str,
+    input: str = "1,3,224,224",
+    weights: str | None = None,
+    runs: int = 100,
+    json: bool = False,
+) -> None:
+    """Measure a model or an ONNX file: parameters, size, MACs, latency, memory.
+
+    Args:
+        model: As for inspect, or a file that ends in .onnx.
+        input: Shape of an input.
+        weights: File of weights to load (safetensors or a plain state dict).
+        runs: Forward passes to time.
+        json: Print JSON.
+    """
+    from dataclasses import asdict
+
+    from tutelage.deploy import measure as measure_model
+    from tutelage.deploy import measure_onnx
+
+    example = _example(input)
+    if model.endswith(".onnx"):
+        found = measure_onnx(model, example, runs=runs)
+    else:
+        found = measure_model(_create(model, weights), example, runs=runs)
+    if json:
+        _print_json(asdict(found))
+        return
+    table = Table("figure", "value", title=model)
+    for name, value in asdict(found).items():
+        shown = "not known" if value is None else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+        table.add_row(name, shown if not isinstance(value, str) else value)
+    Console().print(table)
+
+
+def export(
+    model: str,
+    file: str,
+    weights: str | None = None,
+    input: str = "1,3,224,224",
+    quantize: Literal["int8"] | None = None,
+    calibration: str | None = None,
+) -> None:
+    """Write a model as an ONNX file whose outputs are checked against PyTorch.
+
+    Args:
+        model: As for inspect.
+        file: Where to write, such as student.onnx.
+        weights: File of weights to load (safetensors or a plain state dict).
+        input: Shape of an input.
+        quantize: int8 quantises with calibration data.
+        calibration: For int8, a function of tutelage.data that gives loaders, such as fashion_loaders.
+    """
+    from itertools import islice
+
+    from tutelage import data
+    from tutelage.deploy import export_onnx
+    from tutelage.errors import nearest
+    from tutelage.views import read_batch
+
+    batches = None
+    if calibration:
+        names = [n for n in data.__all__ if n.endswith("_loaders")]
+        if calibration not in names:
+            raise ValueError(
+                f"calibration={calibration!r}: expected one of {', '.join(names)}{nearest(calibration, names)}"
+            )
+        loaders = getattr(data, calibration)()
+        batches = [read_batch(raw).student.args[0] for raw in islice(loaders.train, 4)]
+    done = export_onnx(_create(model, weights), _example(input), file, quantize=quantize, calibration=batches)
+    say(
+        f"{done.path}: {done.size_bytes / 1000:,.1f} kB, largest difference from PyTorch {done.max_abs_error:.2g}, "
+        f"same first choice {done.agreement:.1%}"
+    )
+
+
+def _create(model: str, weights: str | None) -> Any:
+    from tutelage.models import create, load_weights
+
+    network = create(model)
+    if weights:
+        load_weights(network, weights)
+    return network
+
+
+def _example(text: str) -> Any:
+    import torch
+
+    try:
+        shape = [int(n) for n in text.replace("x", ",").split(",")]
+    except ValueError:
+        raise ValueError(f"input={text!r}: expected whole numbers such as 1,3,224,224") from None
+    if len(shape) == 2:
+        return torch.ones(shape, dtype=torch.long)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+COMMANDS = {
+    "demo": demo,
+    "distill": distill,
+    "inspect": inspect,
+    "methods": methods,
+    "measure": measure,
+    "export": export,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; mistakes of the user become one line on standard error and exit status 2."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(COMMANDS, args=arguments, prog="tutelage", description="Knowledge distillation for PyTorch.")
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "stopped")
+        return 130
+    except BrokenPipeError:
+        # the reader of our output went away (`| head`): not an error, and nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("TUTELAGE_DEBUG"):
+            raise
+        say(f"tutelage: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Everything done for you: train, choose, test once, report, export."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from tutelage.checkpoint import write_json, write_weights
+from tutelage.distillation import Distillation
+from tutelage.engine import fit
+from tutelage.evaluation import Metrics, evaluate
+from tutelage.knowledge.base import Loss
+from tutelage.knowledge.response.task import TaskLoss
+from tutelage.run import Run
+from tutelage.schedule import Stage
+from tutelage.teachers import Frozen, Teacher, as_teacher
+from tutelage.training import Training
+from tutelage.views import Batch, Inputs, SameView
+
+if TYPE_CHECKING:
+    from tutelage.deploy.export import Exported
+    from tutelage.deploy.report import Report
+
+
+@dataclass
+class Result:
+    """A finished distillation.
+
+    Args:
+        student: with its best weights on validation, or its last without validation.
+        teacher: the network that taught, if there was one.
+        runs: one for each stage.
+        metrics: of ``student`` on the test data (or the validation data, if there was no test data).
+        last_metrics: the same of the last weights.
+        teacher_metrics: the same of the teacher.
+        control: the same student trained without a teacher, if asked for.
+        example: the inputs of one sample, to measure and export with.
+        out: the run's folder.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    runs: list[Run]
+    example: Inputs
+    metrics: Metrics | None = None
+    last_metrics: Metrics | None = None
+    teacher_metrics: Metrics | None = None
+    control: Result | None = None
+    out: Path | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every epoch of every stage, as plain values."""
+        return [asdict(line) for run in self.runs for line in run.history]
+
+    def report(self, title: str = "Distillation") -> Report:
+        """Teacher, student and (if it was trained) the student alone: accuracy, size, MACs, latency, agreement.
+
+        ``print(result.report().text())`` for the terminal, ``.html(path)`` for a page.
+        """
+        from tutelage.deploy import report as pages
+        from tutelage.deploy.measure import measure
+
+        rows, curves = [], []
+        kinds: list[tuple[str, Literal["teacher", "student", "control"], nn.Module | None, Metrics | None]] = [
+            ("teacher", "teacher", self.teacher, self.teacher_metrics),
+            ("student", "student", self.student, self.metrics),
+        ]
+        if self.control:
+            kinds.append(("student without a teacher", "control", self.control.student, self.control.metrics))
+        for name, kind, model, metrics in kinds:
+            if model is None or metrics is None:
+                continue
+            agreement = [metrics.agreement] if metrics.agreement is not None else []
+            example = self.example.args or self.example.kwargs
+            measurement = measure(model, example)
+            rows.append(pages.Row(name, kind, [metrics.accuracy], agreement, [metrics.nll], [metrics.ece], measurement))
+        for name, result in (("student", self), ("student without a teacher", self.control)):
+            lines = result.history if result else []
+            points = [(h["epoch"] + 1.0, h["metrics"]["accuracy"]) for h in lines if "accuracy" in h["metrics"]]
+            if points:
+                curves.append(pages.Curve(name, points))
+        return pages.Report(title, rows, curves, environment=pages.environment())
+
+    def export(self, path: str | Path, quantize: Literal["int8"] | None = None, **options: Any) -> Exported:
+        """Write the student as an ONNX file whose outputs were checked; see :func:`tutelage.deploy.export_onnx`."""
+        from tutelage.deploy.export import export_onnx
+
+        return export_onnx(self.student, self.example.args or self.example.kwargs, path, quantize=quantize, **options)
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Teacher | None,
+    train: Iterable[Any],
+    validation: Iterable[Any] | None = None,
+    *,
+    test: Iterable[Any] | None = None,
+    losses: Sequence[Loss] | None = None,
+    stages: Sequence[Stage] | None = None,
+    views: Callable[[Any], Batch] | None = None,
+    control: bool = False,
+    training: Training | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Teach a student: train it, keep its best weights on validation, and look at the test data once.
+
+    Args:
+        student: learns; it ends with its best weights.
+        teacher: frozen; ``None`` trains the student alone.
+        train: batches (see :func:`tutelage.views.read_batch`).
+        validation: labelled batches to choose the best weights by.
+        test: labelled batches that are looked at once, at the end; by default the validation data.
+        losses: what is transferred; by default 0.1 · task + 0.9 · KD.
+        stages: instead of ``losses``, several trainings one after the other, each with losses of its own.
+        views: what each of the two models sees.
+        control: train a copy of the student without the teacher as well, with the same settings and data.
+        training: the settings, or give them one by one as further arguments (``epochs=30, lr=0.1``).
+        out: the run's folder.
+        resume: go on with the run in ``out``.
+        overwrite: replace the run in ``out``.
+        **settings: fields of :class:`tutelage.Training`.
+
+    Raises:
+        ValueError: what binding refuses, or an empty loader.
+        FileExistsError: ``out`` holds a run.
+
+    >>> import torch, tutelage as tl
+    >>> data = [(torch.randn(16, 8), torch.arange(16) % 3)]
+    >>> result = tl.distill(nn.Linear(8, 3), nn.Linear(8, 3), data, data, epochs=2, progress=False)
+    >>> result.metrics.samples, len(result.history)
+    (16, 2)
+    """
+    if losses is not None and stages is not None:
+        raise ValueError("losses and stages: give one of them")
+    if training is not None and settings:
+        raise ValueError(f"training and {', '.join(settings)}: give the settings in one place")
+    if training is None and stages is not None:
+        settings.setdefault("epochs", sum(stage.epochs for stage in stages))
+    training = training or Training.of(**settings)
+    role = as_teacher(teacher)
+    alone = copy.deepcopy(student) if control else None
+    where = Path(out) if out else None
+    plan = [
+        (stage, f"stage-{n + 1}" + (f"-{stage.name}" if stage.name else "")) for n, stage in enumerate(stages or [])
+    ]
+    runs = []
+    for stage, name in plan or [(None, "")]:
+        d = Distillation(student, role, stage.losses if stage else losses, views)
+        part = dataclasses.replace(training, epochs=stage.epochs, lr=stage.lr or training.lr) if stage else training
+        final = stage is None or stage is plan[-1][0]
+        runs.append(
+            fit(
+                d,
+                train,
+                validation if final else None,
+                training=part,
+                out=where / name if where else None,
+                resume=resume,
+                overwrite=overwrite,
+            )
+        )
+    network = role.module if isinstance(role, Frozen) else None
+    result = Result(student, network, runs, _example(train, validation, views, next(student.parameters()).device))
+    result.out = where
+    judge = test if test is not None else validation
+    last = runs[-1]
+    if judge is not None:
+        result.last_metrics = evaluate(student, judge, network, views=views)
+        result.teacher_metrics = evaluate(network, judge, views=_teachers(views)) if network is not None else None
+    if last.best is not None:
+        student.load_state_dict(last.best)
+    if judge is not None:
+        same = last.best is None or last.best_epoch == len(last.history) - 1
+        result.metrics = result.last_metrics if same else evaluate(student, judge, network, views=views)
+    if where:
+        write_weights(where / "student.safetensors", student.state_dict())
+        figures = {"best": result.metrics, "last": result.last_metrics, "teacher": result.teacher_metrics}
+        write_json(where / "result.json", {k: m.known() for k, m in figures.items() if m is not None})
+    if alone is not None:
+        settings_alone = {"test": test, "training": training, "resume": resume, "overwrite": overwrite}
+        out_alone = where / "control" if where else None
+        result.control = distill(
+            alone, None, train, validation, losses=[TaskLoss()], views=views, out=out_alone, **settings_alone
+        )
+        if network is not None and judge is not None:
+            result.control.metrics = evaluate(alone, judge, network, views=views)
+    return result
+
+
+def _example(train: Any, validation: Any, views: Any, device: torch.device) -> Inputs:
+    """The student's inputs of one sample, without touching the random numbers."""
+    with torch.random.fork_rng():
+        raw = next(iter(validation if validation is not None else train))
+        inputs = (views or SameView())(raw).student
+    first: Callable[[Any], Any] = lambda v: v[:1].to(device) if isinstance(v, torch.Tensor) else v  # noqa: E731
+    return Inputs(tuple(first(a) for a in inputs.args), {k: first(v) for k, v in inputs.kwargs.items()})
+
+
+def _teachers(views: Callable[[Any], Batch] | None) -> Callable[[Any], Batch] | None:
+    """Views in which the teacher's side is the one that is evaluated."""
+    if views is None:
+        return None
+
+    def swapped(raw: Any) -> Batch:
+        batch = views(raw)
+        return dataclasses.replace(batch, student=batch.teacher)
+
+    return swapped

@@ -1,0 +1,185 @@
+"""The training loop: one readable function on accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tutelage.checkpoint import RunFolder, write_json
+from tutelage.distillation import Distillation
+from tutelage.evaluation import evaluate
+from tutelage.progress import Meter
+from tutelage.run import Epoch, Interrupted, Run, restore_random, seed_epoch, stop_signals
+from tutelage.teachers import Frozen
+from tutelage.training import Training
+from tutelage.views import move
+
+
+def fit(
+    distillation: Distillation,
+    train: Iterable[Any],
+    validation: Iterable[Any] | None = None,
+    *,
+    training: Training,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """Train a distillation. The student ends with its last weights; ``Run.best`` holds its best on validation.
+
+    Args:
+        distillation: the roles; bound here if it is not yet.
+        train: the data role: any iterable of batches with a length (without one, give ``Training.steps``). If it has
+            ``attach(student, teacher)``, it is given the two networks first.
+        validation: batches with labels, to choose the best weights by.
+        training: the settings.
+        out: the run's folder (:class:`tutelage.checkpoint.RunFolder`); ``None`` writes nothing.
+        resume, overwrite: what to do with a run that is there.
+
+    Raises:
+        ValueError: the loader is empty, or what :meth:`Distillation.bind` refuses.
+        NonFiniteLoss: a loss became NaN or infinite.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    handler = DistributedDataParallelKwargs()
+    accelerator = Accelerator(
+        mixed_precision=training.precision,
+        cpu=training.cpu or None,
+        log_with=training.trackers,
+        project_dir=str(out) if out else None,
+        kwargs_handlers=[handler],
+    )
+    about = {"training": training.description(), **distillation.description()}
+    folder = RunFolder(out, about, resume, overwrite, accelerator) if out else None
+    d = distillation.to(accelerator.device)
+    if training.channels_last:
+        d.to(memory_format=torch.channels_last)
+    teacher = d.teacher.module if isinstance(d.teacher, Frozen) else None
+    if hasattr(train, "attach"):
+        train.attach(d.student, teacher)
+    loader = accelerator.prepare(train) if isinstance(train, DataLoader) and accelerator.num_processes > 1 else train
+    seed_epoch(training.seed, -1, loader)
+    first = next(iter(loader), None)
+    if first is None:
+        raise ValueError("train: the loader is empty (is the batch size larger than the data set, with drop_last?)")
+    d.bind(move(first, accelerator.device), population=_length(getattr(train, "dataset", None)))
+
+    optimizer = training.make_optimizer(p for p in d.parameters() if p.requires_grad)
+    per_epoch = _length(loader)
+    if training.steps is None and per_epoch is None:
+        raise ValueError("train has no length: give steps instead of epochs")
+    total = training.steps or training.epochs * math.ceil(per_epoch / training.accumulate)
+    scheduler = training.make_scheduler(optimizer, total)
+    handler.find_unused_parameters = d.skips_parameters
+    # Memories of losses are kept equal by their owners, and may be too large to broadcast at every step.
+    d._ddp_params_and_buffers_to_ignore = [f"losses.{name}" for name, _ in d.losses.named_buffers()]
+    model, optimizer = accelerator.prepare(d.train(), optimizer)
+    if training.trackers:
+        accelerator.init_trackers("tutelage", config={k: str(v) for k, v in training.description().items()})
+
+    saved = folder.load(accelerator) if folder and resume else None
+    run = Run.restored(saved, d, train, scheduler) if saved else Run()
+    if saved and folder:
+        run.best, run.last = folder.load_student("best"), folder.load_student("last") or {}
+    meter = Meter(total, training.log_every, training.progress and accelerator.is_main_process, run.step)
+
+    def save() -> None:
+        meter.look()  # a loss that is no number stops the run before anything is saved
+        if folder:
+            folder.save(accelerator, run.step, run.state(d, train, scheduler))
+
+    with meter, stop_signals() as asked:
+        while run.step < total and not (training.patience and run.since_best >= training.patience):
+            began = time.monotonic()
+            seed_epoch(training.seed, run.epoch, loader)
+            batches = iter(loader)
+            if run.batches:  # in the middle of an epoch: the same order, from where it stopped
+                run.batches = sum(1 for _ in islice(batches, run.batches))
+                restore_random(saved["random"])
+            while run.step < total and (window := list(islice(batches, training.accumulate))):
+                d.progress = run.step / total
+                window = [move(raw, accelerator.device) for raw in window]
+                for raw, share in zip(window, _shares(d, window, accelerator), strict=True):
+                    last = raw is window[-1]
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        losses = model(raw, share)
+                        accelerator.backward(losses.total)
+                    meter.add(losses, raw, step_ended=last)
+                if training.clip:
+                    accelerator.clip_grad_norm_(model.parameters(), training.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                run.step += 1
+                run.batches += len(window)
+                if training.trackers and run.step % training.log_every == 0:
+                    accelerator.log({f"train/{k}": v for k, v in meter.look().items()}, step=run.step)
+                if asked:
+                    save()
+                    where = f"a checkpoint is in {folder.path}, go on with resume" if folder else "no folder was given"
+                    raise Interrupted(f"stopped at step {run.step} of {total}: {where}")
+                if training.checkpoint_every and run.step % training.checkpoint_every == 0:
+                    save()
+            if not run.batches:
+                raise ValueError("train: the loader gave no batch in this epoch")
+            lr = scheduler.get_last_lr()[0]
+            line = Epoch(run.epoch, run.step, time.monotonic() - began, lr, meter.averages())
+            run.last, best = student_state(accelerator, model), False
+            if validation is not None and (run.step >= total or (run.epoch + 1) % training.evaluate_every == 0):
+                compared = teacher if training.monitor in ("agreement", "teacher_kl") else None
+                metrics = evaluate(d.student, validation, compared, views=d.views).known()
+                if best := run.validated(line, metrics, training):
+                    run.best = run.last
+            run.history.append(line)
+            run.epoch, run.batches = run.epoch + 1, 0
+            if folder and accelerator.is_main_process:
+                folder.save_student("last", run.last)
+                if best:
+                    folder.save_student("best", run.last)
+                write_json(folder.path / "history.json", [asdict(line) for line in run.history])
+            save()
+            if training.trackers:
+                accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
+            meter.line(str(line))
+    if training.trackers:
+        accelerator.end_training()
+    return run
+
+
+def student_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The plain student's state dict, on the processor, whatever wraps the distillation. All processes call it."""
+    whole = accelerator.get_state_dict(model)
+    prefix = "student."
+    return {k[len(prefix) :]: v.detach().cpu().clone() for k, v in whole.items() if k.startswith(prefix)}
+
+
+def _shares(d: Distillation, window: list[Any], accelerator: Accelerator) -> list[dict[str, Tensor] | None]:
+    """Each batch's part of each term's units, over all the batches and processes of one step."""
+    if len(window) == 1 and accelerator.num_processes == 1:
+        return [None]
+    units = [d.units(raw) for raw in window]
+    names = list(units[0])
+    rows = [[torch.as_tensor(u[n], dtype=torch.float32, device=accelerator.device) for n in names] for u in units]
+    table = torch.stack([torch.stack(row) for row in rows])
+    total = accelerator.reduce(table.sum(0), reduction="sum").clamp(min=1)
+    # DDP takes the mean over the processes where the sum is meant
+    shares = table * accelerator.num_processes / total
+    return [dict(zip(names, row.unbind(), strict=True)) for row in shares]
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except TypeError:
+        return None

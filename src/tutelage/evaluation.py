@@ -1,0 +1,169 @@
+"""How good a model is, and how well it agrees with its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from tutelage.knowledge.base import classes_last
+from tutelage.record import in_float32, logits_of
+from tutelage.views import UNLABELLED, SameView, move
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found; fractions are between 0 and 1.
+
+    Args:
+        accuracy: top-1.
+        top5: top-5, where there are more than five classes.
+        macro_f1: mean over classes of the F1 score.
+        nll: mean negative log-likelihood of the true label, in nats.
+        ece: expected calibration error, 15 bins.
+        samples: how many labelled samples (positions, for dense outputs) these are of.
+        agreement: how often the student's and the teacher's first choice are the same.
+        teacher_kl: mean KL(teacher ‖ student) at temperature 1, in nats.
+    """
+
+    accuracy: float
+    macro_f1: float
+    nll: float
+    ece: float
+    samples: int
+    top5: float | None = None
+    agreement: float | None = None
+    teacher_kl: float | None = None
+
+    def known(self) -> dict[str, float]:
+        """The figures that there are, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and no gradients inside; each as it was afterwards.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+    >>> with evaluating(model):
+    ...     [m.training for m in model]
+    [False, False]
+    >>> [m.training for m in model]
+    [True, False]
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    student: nn.Module,
+    loader: Iterable[Any],
+    teacher: nn.Module | None = None,
+    *,
+    views: Any = None,
+    device: torch.device | str | None = None,
+) -> Metrics:
+    """Accuracy, macro F1, NLL and calibration of a classifier, and its agreement with a teacher.
+
+    No mode and no buffer of either model changes. With several processes each computes every n-th batch and all
+    return the figures of the whole set.
+
+    Args:
+        student: returns logits (B, C), (B, T, C) or (B, C, H, W), alone or as ``output.logits``.
+        loader: batches with labels; positions labelled -100 do not count.
+        teacher: if given, compared with.
+        views: as in training, for models that see different things.
+        device: by default the student's.
+
+    Raises:
+        ValueError: the loader is empty or has no labels.
+
+    >>> from tutelage.evaluation import evaluate
+    >>> evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([0, 1, 1]))], device="cpu").accuracy
+    0.6666666865348816
+    """
+    device = device or next(student.parameters()).device
+    views = views or SameView()
+    world, rank = _world()
+    if getattr(loader, "world_size", 1) > 1:
+        world, rank = 1, 0  # the loader itself gives each process its share
+    collection: dict[str, Any] | None = None
+    samples = torch.zeros((), dtype=torch.long, device=device)
+    seen = 0
+    with evaluating(student, *([teacher] if teacher is not None else [])):
+        for number, raw in enumerate(loader):
+            seen += 1
+            if number % world != rank:
+                continue
+            batch = views(move(raw, device))
+            if batch.labels is None:
+                raise ValueError("evaluation needs labels, and the batches have none")
+            logits = _rows(batch.student.call(student))
+            labels = batch.labels.reshape(-1)
+            kept = labels != UNLABELLED
+            logits, labels = logits[kept], labels[kept]
+            samples += len(labels)
+            if collection is None:
+                collection = _collection(logits.shape[1], teacher is not None, device)
+            probabilities = logits.softmax(1)
+            for name in ("accuracy", "top5", "macro_f1", "ece"):
+                if name in collection and len(labels):
+                    collection[name].update(probabilities, labels)
+            if len(labels):
+                collection["nll"].update(F.cross_entropy(logits, labels, reduction="none"))
+            if teacher is not None and len(labels):
+                theirs = _rows(batch.teacher.call(teacher))[kept]
+                log_p, log_q = theirs.log_softmax(1), logits.log_softmax(1)
+                collection["agreement"].update((theirs.argmax(1) == logits.argmax(1)).float())
+                collection["teacher_kl"].update((log_p.exp() * (log_p - log_q)).sum(1))
+    if not seen:
+        raise ValueError("evaluation: the loader is empty")
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(samples)
+    if collection is None or not int(samples):
+        raise ValueError("evaluation: no sample has a label (all are -100)")
+    figures = {name: float(metric.compute()) for name, metric in collection.items()}
+    return Metrics(samples=int(samples), **figures)
+
+
+def _rows(output: Any) -> torch.Tensor:
+    logits = logits_of(output)
+    if logits is None:
+        raise ValueError(f"evaluation: no logits in an output of type {type(output).__name__}")
+    return classes_last(in_float32(logits))
+
+
+def _world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+def _collection(classes: int, with_teacher: bool, device: Any) -> dict:
+    import torchmetrics
+    from torchmetrics import classification as tm
+
+    found = {
+        "accuracy": tm.MulticlassAccuracy(classes, average="micro"),
+        "macro_f1": tm.MulticlassF1Score(classes, average="macro"),
+        "ece": tm.MulticlassCalibrationError(classes, n_bins=15),
+        "nll": torchmetrics.MeanMetric(),
+    }
+    if classes > 5:
+        found["top5"] = tm.MulticlassAccuracy(classes, average="micro", top_k=5)
+    if with_teacher:
+        found |= {"agreement": torchmetrics.MeanMetric(), "teacher_kl": torchmetrics.MeanMetric()}
+    return {name: metric.to(device) for name, metric in found.items()}
