@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect as inspect_module
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
+import docstring_parser
 from rich.console import Console
 from rich.table import Table
 
 from tutelage.console import say
 
 
-def demo(out: str = "demo", seeds: int = 3, overwrite: bool = True) -> None:
+def demo(out: str = "demo", seeds: int = 3, keep: bool = False) -> None:
     """A real distillation on the packaged images: a table, report.html and student.onnx, in under two minutes.
 
     Args:
         out: Folder for everything that is written.
         seeds: How often student and control are trained, each time from other initial weights.
-        overwrite: Replace an earlier demo in that folder.
+        keep: Refuse to replace an earlier demo in that folder.
     """
     from tutelage.demo import run_demo
 
-    run_demo(out=out, seeds=seeds, overwrite=overwrite)
+    run_demo(out=out, seeds=seeds, overwrite=not keep)
 
 
 def distill(
@@ -223,22 +227,82 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-COMMANDS = {
-    "demo": demo,
-    "distill": distill,
-    "inspect": inspect,
-    "methods": methods,
-    "measure": measure,
-    "export": export,
-}
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; the functions above are its commands, and their docstrings its help."""
+    top = argparse.ArgumentParser(
+        prog="tutelage",
+        description="Knowledge distillation for PyTorch: train a small student of a large teacher, and deploy it.",
+        epilog="Start with `tutelage demo`. `tutelage COMMAND --help` explains a command.",
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(function: Callable[..., None]) -> Callable[..., None]:
+        described = docstring_parser.parse(inspect_module.getdoc(function) or "")
+        sub = commands.add_parser(
+            function.__name__, help=described.short_description, description=described.short_description
+        )
+        sub.set_defaults(function=function)
+        helps = {p.arg_name: p.description for p in described.params}
+
+        def argument(flag: str, **options: Any) -> None:
+            sub.add_argument(flag, help=helps[flag.lstrip("-")], **options)
+
+        return argument
+
+    add = command(demo)
+    add("--out", default="demo", metavar="FOLDER")
+    add("--seeds", type=int, default=3, metavar="N")
+    add("--keep", action="store_true")
+
+    add = command(distill)
+    add("recipe")
+    add("--set", action="append", metavar="FIELD=VALUE")
+    add("--trust", action="append", metavar="PACKAGE")
+    add("--out", metavar="FOLDER")
+    add("--seed", type=int, metavar="N")
+    add("--resume", action="store_true")
+    add("--overwrite", action="store_true")
+
+    add = command(inspect)
+    add("model")
+    add("--input", default="1,3,224,224", metavar="SHAPE")
+    add("--depth", type=int, metavar="N")
+    add("--json", action="store_true")
+
+    add = command(methods)
+    add("--section", metavar="N")
+    add("--json", action="store_true")
+
+    add = command(measure)
+    add("model")
+    add("--input", default="1,3,224,224", metavar="SHAPE")
+    add("--weights", metavar="FILE")
+    add("--runs", type=int, default=100, metavar="N")
+    add("--json", action="store_true")
+
+    add = command(export)
+    add("model")
+    add("file")
+    add("--weights", metavar="FILE")
+    add("--input", default="1,3,224,224", metavar="SHAPE")
+    add("--quantize", choices=["int8"])
+    add("--calibration", metavar="LOADERS")
+    return top
+
+
+def _version() -> str:
+    from tutelage import __version__
+
+    return f"tutelage {__version__}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; mistakes of the user become one line on standard error and exit status 2."""
-    from jsonargparse import auto_cli
-
+    given = vars(parser().parse_args(arguments))
+    function = given.pop("function")
     try:
-        auto_cli(COMMANDS, args=arguments, prog="tutelage", description="Knowledge distillation for PyTorch.")
+        function(**given)
     except KeyboardInterrupt as stop:
         say(str(stop) or "stopped")
         return 130

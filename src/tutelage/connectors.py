@@ -37,17 +37,17 @@ def projector(student_shape: Sequence[int], teacher_shape: Sequence[int], *, bia
         bias: whether it has one.
 
     Raises:
-        ValueError: different numbers of axes, or fewer than two.
+        ValueError: different numbers of axes, or other than two to four.
 
     >>> projector((8, 16, 4, 4), (8, 32, 2, 2))
     Conv2d(16, 32, kernel_size=(1, 1), stride=(1, 1))
     >>> projector((8, 16), (8, 32))
     Linear(in_features=16, out_features=32, bias=True)
     """
-    if len(student_shape) != len(teacher_shape) or len(student_shape) < 2:
+    if len(student_shape) != len(teacher_shape) or len(student_shape) not in (2, 3, 4):
         raise ValueError(
             f"cannot project a student's tensor of shape {tuple(student_shape)} to a teacher's of "
-            f"{tuple(teacher_shape)}: expected the same number of axes, two or more"
+            f"{tuple(teacher_shape)}: expected the same number of axes, two to four"
         )
     if len(student_shape) == 4:
         return nn.Conv2d(student_shape[1], teacher_shape[1], 1, bias=bias)

@@ -63,7 +63,9 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
     controls: list[Result] = []
     steps = 12 * len(parts.student)
     for seed in range(seeds):
-        say(f"2/4  seed {seed}: a student of the teacher, and the same student with {10 * LABELS_PER_CLASS} labels alone")
+        say(
+            f"2/4  seed {seed}: a student of the teacher, and the same student with {10 * LABELS_PER_CLASS} labels alone"
+        )
         torch.manual_seed(seed)
         student = SmallCNN(width=8, depth=1)
         control = copy.deepcopy(student)

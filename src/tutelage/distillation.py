@@ -85,8 +85,8 @@ class Distillation(nn.Module):
             raise ValueError("losses: at least one is needed")
         self.losses = nn.ModuleDict()
         for loss in losses:
-            same = sum(other.name == loss.name for other in self.losses.values())
-            self.losses[f"{loss.name}_{same + 1}" if same else loss.name] = loss
+            names = [loss.name, *(f"{loss.name}_{n}" for n in range(2, len(losses) + 2))]
+            self.losses[next(name for name in names if name not in self.losses)] = loss
         self.views = views or SameView()
         self.progress = 0.0
         self.observer: Observer | None = None
@@ -114,10 +114,10 @@ class Distillation(nn.Module):
         """
         if self.observer is not None:
             return self
-        batch = replace(self.views(batch), population=population)
-        self._check_batch(batch)
         names = self.teacher.names(self.student)
         with _untouched(self.student, self.losses):
+            batch = replace(self.views(batch), population=population)
+            self._check_batch(batch)
             self.student.train()
             self.losses.eval()  # a loss in eval mode does not change what it remembers
             for loss in self.losses.values():
@@ -201,8 +201,8 @@ class Distillation(nn.Module):
         return self
 
     def _check_batch(self, batch: Batch) -> None:
-        for name, tensor in (("student", t) for t in batch.student.tensors()):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        for name, inputs in (("student", batch.student), ("teacher", batch.teacher)):
+            if not all(bool(torch.isfinite(t).all()) for t in inputs.tensors() if t.is_floating_point()):
                 raise ValueError(f"inputs of the {name}: NaN or infinite values in the first batch")
         for loss in self.losses.values():
             if loss.needs_labels and batch.labels is None:
@@ -224,13 +224,14 @@ class Distillation(nn.Module):
 def _untouched(*modules: nn.Module) -> Iterator[None]:
     """Run without gradients, and leave buffers, modes and random numbers as they were."""
     state = [(m, m.training) for module in modules for m in module.modules()]
-    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+    owners = [m for module in modules for m in module.modules()]
+    buffers = [(m, n, b, b.clone()) for m in owners for n, b in m.named_buffers(recurse=False)]
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(cuda), torch.no_grad():
         try:
             yield
         finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for owner, name, buffer, value in buffers:
+                setattr(owner, name, buffer.copy_(value))  # the forward pass may have put another tensor there
             for module, training in state:
                 module.training = training

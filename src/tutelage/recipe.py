@@ -151,7 +151,7 @@ def read(text: str | Path) -> dict[str, Any]:
     """The fields of a recipe file, or of a packaged recipe by name.
 
     >>> read("kd")["losses"][1]["class_path"]
-    'tutelage.KD'
+    'KD'
     """
     path = Path(text)
     if not path.is_file():

@@ -56,7 +56,8 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         found = _ADDRESS.fullmatch(text)
-        if not found or (not found["name"] and not (found["input"] and not found["at"])):
+        nameless = found and not found["name"] and (found["at"] or not found["input"])
+        if not found or nameless or (found["at"] and (found["call"] or found["input"])):
             raise UnknownTap(f"{text!r} is not an address: expected module[#call][:input][[item]] or @field[[item]]")
         items = tuple(int(i) for i in re.findall(r"-?\d+", found["items"]))
         return cls(text, found["name"], bool(found["at"]), int(found["call"] or 1), bool(found["input"]), items)
@@ -85,9 +86,12 @@ class Address:
         value = output
         for part in self.name.split("."):
             fields = list(value) if isinstance(value, Mapping) else list(getattr(value, "__dict__", {}))
-            found = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-            if found is None:
-                why = " (it is None there)" if part in fields else ""
+            missing = object()
+            found = getattr(value, part, missing)
+            if isinstance(value, Mapping):  # a ModelOutput leaves out of its keys what is None
+                found = value.get(part, found)
+            if found is None or found is missing:
+                why = " (it is None there)" if found is None else ""
                 raise UnknownTap(
                     f"{self.text!r}: no {part!r}{why} in the model's output of type "
                     f"{type(value).__name__}{nearest(part, fields)}"
@@ -112,7 +116,7 @@ def expand(model: nn.Module, text: str) -> list[str]:
     address = Address.parse(text)
     if address.field or not address.name:
         return [text]
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     pattern = re.escape(address.name).replace(r"\*", r"[^.]*")
     found = [name for name in names if re.fullmatch(pattern, name)]
     if not found:
@@ -151,7 +155,8 @@ class Observer:
 
     def __init__(self, model: nn.Module, addresses: Sequence[str]):
         self.model = model
-        self.addresses = [Address.parse(a) for text in dict.fromkeys(addresses) for a in expand(model, text)]
+        texts = dict.fromkeys(expanded for text in addresses for expanded in expand(model, text))
+        self.addresses = [Address.parse(text) for text in texts]
         self.partial = bool(self.addresses) and not any(a.field for a in self.addresses)
         self.copied: set[str] = set()
 
@@ -183,9 +188,11 @@ class Observer:
 
         def catch(address: Address, value: Any) -> None:
             tensor = address.pick(value)
-            if address.text in self.copied:
+            # In inference mode tensors have no versions by which an overwritten one could be told.
+            if address.text in self.copied or torch.is_inference_mode_enabled():
                 tensor = tensor.clone()
-            caught[address.text], versions[address.text] = tensor, tensor._version
+            caught[address.text] = tensor
+            versions[address.text] = 0 if tensor.is_inference() else tensor._version
 
         def before(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -193,6 +200,8 @@ class Observer:
                 given = (*args, *kwargs.values())
                 for address in wanted[name]:
                     if address.input and address.call == calls[name]:
+                        if not given:
+                            raise UnknownTap(f"{address.text!r}: the module {name!r} is called without inputs")
                         catch(address, given if address.items else given[0])
 
             return hook
@@ -228,7 +237,11 @@ class Observer:
                     f"{address.text!r}: the module {address.name!r} was called {calls.get(address.name, 0)} times "
                     f"in one forward pass of {type(self.model).__name__}"
                 )
-        overwritten = {text for text, version in versions.items() if caught[text]._version != version}
+        overwritten = {
+            text
+            for text, version in versions.items()
+            if not caught[text].is_inference() and caught[text]._version != version
+        }
         return Record(output, {text: in_float32(value) for text, value in caught.items()}), overwritten
 
 
@@ -288,18 +301,19 @@ def stages(model: nn.Module, inputs: Inputs) -> list[Tappable]:
     """
     lines = tappable(model, inputs)
     maps: dict[tuple[int, ...], Tappable] = {}
-    for line in lines:
-        if len(line.shape) == 4 and min(line.shape[2:]) > 1:
-            maps[line.shape[2:]] = line  # hooks fire when a module returns, so the outermost comes last
-    if maps:
-        return list(maps.values())
+    if any(t.ndim == 4 for t in inputs.tensors()):  # and not the attention maps of a language model
+        for line in lines:
+            if len(line.shape) == 4 and min(line.shape[2:]) > 1:
+                maps[line.shape[2:]] = line  # hooks fire when a module returns, so the outermost comes last
     blocks = {
         f"{name}.{i}"
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and len({type(m) for m in module}) == 1
         for i in range(len(module))
     }
-    sequence = [t for t in lines if len(t.shape) == 3 and t.address.split("[")[0] in blocks]
+    sequence = [t for t in lines if len(t.shape) == 3 and re.sub(r"\[0\]$", "", t.address) in blocks]
+    if len(maps) > 1 or (maps and not sequence):  # a vision transformer has one map, of its patches
+        return list(maps.values())
     if not sequence:
         raise ValueError(
             f"{type(model).__name__} has no feature maps and no list of equal blocks to choose stages from: "
@@ -314,6 +328,8 @@ def embedding(model: nn.Module, inputs: Inputs) -> str:
     >>> embedding(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), Inputs((torch.ones(2, 4),)))
     '2:input'
     """
+    if isinstance(model, nn.Linear):
+        return ":input"
     linear = [t.address for t in tappable(model, inputs) if isinstance(model.get_submodule(_name(t)), nn.Linear)]
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layer to read an embedding from: name an address")

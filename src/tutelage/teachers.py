@@ -74,7 +74,7 @@ class Frozen(Teacher):
     forward pass it is what it was, bit for bit.
 
     Args:
-        module: the network. It is put in eval mode and its parameters stop requiring gradients.
+        module: the network. When it is bound, it is put in eval mode and its parameters stop requiring gradients.
         batch_statistics: for methods whose authors normalise with the batch's own statistics (Overhaul): a *copy* of
             the network runs with its batch-norm layers in train mode, without changing their running averages.
 
@@ -82,6 +82,7 @@ class Frozen(Teacher):
         TypeError: ``module`` is no ``nn.Module``.
 
     >>> teacher = Frozen(nn.Linear(4, 2))
+    >>> _ = teacher.bind(nn.Linear(4, 2), ["@logits"], ["@logits"])
     >>> any(p.requires_grad for p in teacher.module.parameters())
     False
     """
@@ -90,8 +91,6 @@ class Frozen(Teacher):
         if not isinstance(module, nn.Module):
             raise TypeError(f"teacher: expected an nn.Module or a Teacher, got {type(module).__name__}")
         self.module = copy.deepcopy(module) if batch_statistics else module
-        self.module.requires_grad_(False)
-        self.module.eval()
         if batch_statistics:
             for layer in self.module.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -113,6 +112,8 @@ class Frozen(Teacher):
         shared = {id(p) for p in self.module.parameters()} & {id(p) for p in student.parameters()}
         if shared:
             raise ValueError(f"teacher: shares {len(shared)} parameter tensors with the student; give it its own")
+        self.module.requires_grad_(False)
+        self.module.eval()
         self.observer, self._dry = Observer(self.module, teacher_reads), True
         return student_reads
 

@@ -12,7 +12,7 @@ from tutelage.schedule import Weight, weight_at
 from tutelage.taps import UnknownTap, expand
 from tutelage.views import UNLABELLED, Batch
 
-Reads = Literal["logits", "stages", "last stage", "embedding", "nothing"]
+Reads = Literal["logits", "stages", "middle stage", "last stage", "embedding", "nothing"]
 Tap = str | tuple[str, str]
 
 
@@ -43,17 +43,26 @@ class Loss(nn.Module):
 
     def __init__(self, *taps: Tap, weight: Weight = 1.0, name: str | None = None):
         super().__init__()
+        if not callable(weight) and not (isinstance(weight, int | float) and weight == weight):
+            raise TypeError(f"{type(self).__name__}: weight={weight!r}: expected a number or a schedule")
+        self.at(*taps)
+        self.weight = weight
+        self.name = name or type(self).__name__
+        self.pairs: list[tuple[str, str]] = []
+
+    def at(self, *taps: Tap) -> Loss:
+        """Say where it reads, after it was made; returns itself.
+
+        >>> Loss().at("layer2").taps
+        ('layer2',)
+        """
         for tap in taps:
             if not isinstance(tap, str) and not (
                 isinstance(tap, tuple | list) and len(tap) == 2 and all(isinstance(t, str) for t in tap)
             ):
                 raise TypeError(f"{type(self).__name__}: a tap is an address or (student, teacher), not {tap!r}")
-        if not callable(weight) and not (isinstance(weight, int | float) and weight == weight):
-            raise TypeError(f"{type(self).__name__}: weight={weight!r}: expected a number or a schedule")
         self.taps = taps
-        self.weight = weight
-        self.name = name or type(self).__name__
-        self.pairs: list[tuple[str, str]] = []
+        return self
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, batch)")
@@ -100,6 +109,8 @@ class Loss(nn.Module):
         matched = list(zip(mine[-count:], theirs[-count:], strict=True))
         if self.default_reads == "last stage":
             matched = matched[-1:]
+        elif self.default_reads == "middle stage":
+            matched = [matched[count // 2]]
         self.pairs = [(s.address, t.address) for s, t in matched]
         return True
 
@@ -122,7 +133,8 @@ class Loss(nn.Module):
         return list(zip(*found, strict=True))
 
     def extra_repr(self) -> str:
-        reads = ", ".join(s if s == t else f"{s} ← {t}" for s, t in self.pairs) or self.default_reads
+        taps = self.pairs or [(tap, tap) if isinstance(tap, str) else tap for tap in self.taps]
+        reads = ", ".join(s if s == t else f"{s} ← {t}" for s, t in taps) or self.default_reads
         return f"{reads}, weight={self.weight}"
 
 
@@ -147,6 +159,7 @@ class ResponseLoss(Loss):
 def class_axis(logits: Tensor) -> int:
     """Where the classes are: axis 1 of images' (B, C, H, W), the last axis of (B, C) and (B, T, C).
 
+    >>> import torch
     >>> class_axis(torch.ones(2, 5, 8, 8)), class_axis(torch.ones(2, 7, 5))
     (1, -1)
     """
@@ -156,6 +169,7 @@ def class_axis(logits: Tensor) -> int:
 def classes_last(logits: Tensor) -> Tensor:
     """Logits as (N, C): every position of a dense or sequence output is a row.
 
+    >>> import torch
     >>> classes_last(torch.ones(2, 5, 8, 8)).shape
     torch.Size([128, 5])
     """

@@ -1,0 +1,1 @@
+"""Survey section 2.1: response-based knowledge."""

@@ -1,0 +1,1 @@
+"""Survey 5.6: data-free distillation. The data role is played by something that makes its own samples."""

@@ -1,0 +1,159 @@
+"""Relational knowledge distillation: the distances and angles between the samples of a batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tutelage.catalogue import method
+from tutelage.knowledge.base import Loss, Tap
+from tutelage.knowledge.rows import flat_rows, unit_rows
+from tutelage.record import Record
+from tutelage.schedule import Weight
+from tutelage.views import Batch
+
+CHUNK_NUMBERS = 2**23
+"""How many numbers (32 MiB of float32) a chunk of :func:`rkd_angle` may hold at once, about."""
+
+
+def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if len(student) != len(teacher):
+        raise ValueError(f"different samples: {len(student)} of the student, {len(teacher)} of the teacher")
+    return flat_rows(student), flat_rows(teacher.detach())
+
+
+def _distances(rows: Tensor) -> Tensor:
+    # |x|² + |y|² − 2xy loses every digit of a distance that is small beside the norms.
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distances.sum() / (distances > 0).sum().clamp(min=1)
+    return distances / mean.masked_fill(mean == 0, 1.0)
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber(d_s(i, j) / μ_s − d_t(i, j) / μ_t), mean over all B² pairs (i, i among them); μ = mean of distances > 0.
+
+    Huber's β is 1, d the Euclidean distance of the flattened embeddings. The gradient at a distance of 0 is 0.
+
+    Args:
+        student: (B, ...) embeddings.
+        teacher: (B, ...) embeddings of any other size; no gradient flows to them.
+
+    Returns:
+        A scalar ≥ 0, and 0 for embeddings that differ by a rotation, a shift or a factor.
+
+    Raises:
+        ValueError: different numbers of samples.
+
+    Memory: B² beside the embeddings.
+
+    Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068
+
+    >>> rkd_distance(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [5.0]]))
+    tensor(0.0450)
+    """
+    student, teacher = _rows(student, teacher)
+    return F.smooth_l1_loss(_distances(student), _distances(teacher))
+
+
+def rkd_angle(student: Tensor, teacher: Tensor, chunk: int | None = None) -> Tensor:
+    """Huber(cos ∠_s(j, i, k) − cos ∠_t(j, i, k)), mean over all B³ triples; i is the vertex of the angle.
+
+    The cosine of an angle with a side of length 0 (j = i among them) counts as 0, with gradient 0. Huber's β is 1.
+
+    Args:
+        student: (B, ...) embeddings.
+        teacher: (B, ...) embeddings of any other size; no gradient flows to them.
+        chunk: vertices that are treated at once; by default as many as hold about ``CHUNK_NUMBERS`` numbers.
+
+    Returns:
+        A scalar ≥ 0, and 0 for embeddings that differ by a rotation, a shift or a factor.
+
+    Raises:
+        ValueError: different numbers of samples, or a ``chunk`` below 1.
+
+    Memory: chunk · B · (D_s + D_t + 2B), in the backward pass too, where each chunk is calculated again if there are
+    several; never B³.
+
+    Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068
+
+    >>> corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> rkd_angle(corner, 3 * corner) < 1e-9, rkd_angle(corner, corner * torch.tensor([1.0, 2.0])).round(decimals=4)
+    (tensor(True), tensor(0.0038))
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
+    student, teacher = _rows(student, teacher)
+    size = len(student)
+    per_vertex = size * (student.shape[1] + teacher.shape[1] + 2 * size)
+    chunk = min(size, chunk or max(1, CHUNK_NUMBERS // max(1, per_vertex)))
+    parts = []
+    for vertices in torch.arange(size, device=student.device).split(chunk):
+        if chunk < size and torch.is_grad_enabled():
+            args = (student, teacher, vertices)
+            parts.append(checkpoint(_angles, *args, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_angles(student, teacher, vertices))
+    return torch.stack(parts).sum() / size**3
+
+
+def _angles(student: Tensor, teacher: Tensor, vertices: Tensor) -> Tensor:
+    def cosines(rows: Tensor) -> Tensor:
+        sides = unit_rows(rows - rows[vertices].unsqueeze(1))
+        return sides @ sides.mT
+
+    return F.smooth_l1_loss(cosines(student), cosines(teacher), reduction="sum")
+
+
+@method(
+    section="2.3",
+    role="losses",
+    paper="Park, Kim, Lu, Cho: Relational Knowledge Distillation",
+    year=2019,
+    link="https://arxiv.org/abs/1904.05068",
+)
+class RKD(Loss):
+    """Relations: the distances of the batch's pairs and the angles of its triples, Huber loss.
+
+    Args:
+        taps: the embeddings, by default what the last linear layer reads. Several are summed.
+        distance: weight of :func:`rkd_distance` inside the term; 25 by default.
+        angle: weight of :func:`rkd_angle`; 50 by default.
+        weight: of the term; 1 by default.
+        name: of the term.
+
+    Memory: quadratic in the batch, never cubic; see the two functions for it and for the formulas.
+
+    >>> RKD()
+    RKD(embedding, weight=1.0, distance=25.0, angle=50.0)
+    """
+
+    default_reads = "embedding"
+    needs_samples = 2
+
+    def __init__(
+        self,
+        *taps: Tap,
+        distance: float = 25.0,
+        angle: float = 50.0,
+        weight: Weight = 1.0,
+        name: str | None = None,
+    ):
+        super().__init__(*taps, weight=weight, name=name)
+        if distance < 0 or angle < 0 or distance + angle == 0:
+            raise ValueError(f"{self.name}: distance={distance}, angle={angle}: expected two weights ≥ 0, not both 0")
+        self.distance = distance
+        self.angle = angle
+
+    def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
+        terms = []
+        for s, t in self.tensors(student, teacher):
+            if self.distance:
+                terms.append(self.distance * rkd_distance(s, t))
+            if self.angle:
+                terms.append(self.angle * rkd_angle(s, t))
+        return sum(terms)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, distance={self.distance}, angle={self.angle}"

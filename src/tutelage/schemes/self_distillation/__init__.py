@@ -1,0 +1,1 @@
+"""Survey 3.3: networks that teach themselves."""

@@ -1,0 +1,122 @@
+"""What holds for every loss of two tensors, whatever its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tutelage.knowledge.feature.attention_transfer import attention_transfer
+from tutelage.knowledge.feature.fitnets import hint_loss
+from tutelage.knowledge.relation.rkd import rkd_angle, rkd_distance
+from tutelage.knowledge.relation.similarity_preserving import similarity_preserving
+from tutelage.knowledge.response.kd import kd_divergence
+from tutelage.knowledge.response.logit_regression import logit_regression
+
+ROWS, MAP = (6, 9), (6, 4, 5, 3)
+FORMULAS = [
+    pytest.param(kd_divergence, ROWS, id="kd_divergence"),
+    pytest.param(logit_regression, ROWS, id="logit_regression"),
+    pytest.param(lambda s, t: logit_regression(s, t, centre=True), ROWS, id="logit_regression, centred"),
+    pytest.param(hint_loss, MAP, id="hint_loss"),
+    pytest.param(attention_transfer, MAP, id="attention_transfer"),
+    pytest.param(lambda s, t: attention_transfer(s, t, p=1), MAP, id="attention_transfer, p=1"),
+    pytest.param(similarity_preserving, MAP, id="similarity_preserving"),
+    pytest.param(rkd_distance, ROWS, id="rkd_distance"),
+    pytest.param(rkd_angle, ROWS, id="rkd_angle"),
+    pytest.param(lambda s, t: rkd_angle(s, t, chunk=2), ROWS, id="rkd_angle, in chunks"),
+]
+every = pytest.mark.parametrize(("formula", "shape"), FORMULAS)
+
+
+def pair(shape, dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.randn(shape, dtype=dtype).requires_grad_(), torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+@every
+def test_is_a_float64_scalar_whose_gradient_reaches_the_student_alone(formula, shape):
+    student, teacher = pair(shape)
+    value = formula(student, teacher)
+    value.backward()
+    assert value.shape == ()
+    assert value.dtype == torch.float64
+    assert value > 0
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+@every
+def test_the_gradient_is_that_of_finite_differences(formula, shape):
+    student, teacher = pair(shape)
+    assert torch.autograd.gradcheck(lambda s: formula(s, teacher.detach()), student)
+
+
+@every
+def test_a_student_equal_to_its_teacher_costs_nothing(formula, shape):
+    student, _ = pair(shape)
+    value = formula(student, student.detach().clone())
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-14)
+    assert student.grad.abs().max().item() == pytest.approx(0, abs=1e-12)
+
+
+@every
+def test_the_order_of_the_batch_does_not_matter(formula, shape):
+    student, teacher = pair(shape)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(formula(student[order], teacher[order]), formula(student, teacher))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_calculated_in_float32(formula, shape, dtype):
+    student, teacher = (x.detach().to(dtype) for x in pair(shape))
+    value = formula(student.requires_grad_(), teacher)
+    value.backward()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, formula(student.float(), teacher.float()))
+    assert student.grad.isfinite().all()
+
+
+def zero_row(x):
+    x[1] = 0
+
+
+def zero_all(x):
+    x.zero_()
+
+
+def duplicates(x):
+    x[1:3] = x[0]
+
+
+def all_equal(x):
+    x[:] = x[0].clone()
+
+
+def extreme(x):
+    x.copy_(x.sign() * 500)
+
+
+@every
+@pytest.mark.parametrize("spoil", [zero_row, zero_all, duplicates, all_equal, extreme])
+@pytest.mark.parametrize("whom", ["student", "teacher", "both"])
+def test_degenerate_batches_have_finite_values_and_sane_gradients(formula, shape, spoil, whom):
+    student, teacher = (x.detach() for x in pair(shape, torch.float32))
+    for side, x in (("student", student), ("teacher", teacher)):
+        if whom in (side, "both"):
+            spoil(x)
+    value = formula(student.requires_grad_(), teacher)
+    value.backward()
+    assert value.isfinite()
+    # finite is not enough: a division by max(norm, 1e-12) gives a row of zeros a gradient of 1e12
+    assert student.grad.abs().max() < 1e4
+
+
+@every
+def test_a_batch_of_one_is_finite(formula, shape):
+    student, teacher = (x[:1].detach() for x in pair(shape, torch.float32))
+    value = formula(student.requires_grad_(), teacher)
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
