@@ -168,6 +168,25 @@ def test_the_stages_of_bert_are_its_layers_and_not_its_attention_maps(tokens, co
     assert [s.address for s in found] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
 
+def test_the_stages_of_vision_transformers_are_their_blocks():
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    images = torch.randn(2, 3, 64, 64)
+    model = timm.create_model("test_vit", img_size=64).eval()
+    found = [s.address for s in stages(model, Inputs((images,)))]
+    assert found == [f"blocks.{i}" for i in range(len(model.blocks))]
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=64,
+        attn_implementation="eager",
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    found = stages(model, Inputs((), {"pixel_values": images}))
+    assert [(s.kind, s.shape) for s in found] == [("ViTLayer", (2, 17, 16))] * 3
+
+
 def test_hidden_states_that_the_model_was_not_asked_for(tokens):
     model = bert().eval()
     with pytest.raises(UnknownTap, match=r"'@hidden_states\[-1\]'.*None there"):

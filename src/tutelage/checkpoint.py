@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutelage.console import say
 from tutelage.files import replacing
@@ -30,13 +31,13 @@ class RunFolder:
         path: the folder; made if needed.
         about: what the run is (settings, classes), written into ``run.json``.
         resume: go on where a run in this folder stopped; start afresh if there is none.
-        overwrite: remove a run that is there.
+        overwrite: remove a run that is there, and leave everything else that lies beside it.
         accelerator: of a run in several processes, of which the first makes the folder.
 
     Raises:
         FileExistsError: a run is there, and neither ``resume`` nor ``overwrite`` was given; or the folder holds
-            other things and ``overwrite`` would destroy them.
-        ValueError: both were given, or the run there is of another kind.
+            other things and no run.
+        ValueError: both were given, or the run there is of another kind or damaged.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RunFolder:
         if self.path.is_file():
             raise FileExistsError(f"out: {self.path} is a file; expected a folder")
         if mark.exists() and overwrite:
-            shutil.rmtree(self.path)
+            self._remove_run(mark)
         elif mark.exists() and not resume:
             raise FileExistsError(
                 f"out: {self.path} already holds a run; use --resume to go on with it, --overwrite to start again, "
@@ -68,8 +69,11 @@ class RunFolder:
             )
         elif mark.exists():
             self._same_run(mark, about)
-        elif self.path.is_dir() and any(p.name != "report.html" for p in self.path.iterdir()) and not resume:
-            raise FileExistsError(f"out: {self.path} holds other files and no run of ours; choose an empty folder")
+        elif self.path.is_dir() and (others := [p.name for p in self.path.iterdir() if not _unfinished(p)]):
+            raise FileExistsError(
+                f"out: {self.path} holds other files and no run of ours ({', '.join(sorted(others)[:3])}); "
+                "choose an empty folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         if not mark.exists():
             write_json(mark, about)
@@ -85,19 +89,23 @@ class RunFolder:
     def save(self, accelerator: Accelerator, step: int, own: dict[str, Any]) -> None:
         """Write a whole checkpoint, then forget the one before. All processes call it."""
         folder = self.path / "checkpoints" / f"step-{step:08d}"
+        if folder.exists():  # made inside the epoch, and now again at its end: it stays until the new one is whole
+            folder = folder.with_name(f"{folder.name}+")
         beside = folder.with_name(f".{folder.name}.part")
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for old in (beside, folder):
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(beside))
         torch.save(own, beside / f"own-{accelerator.process_index}.pt")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            files = (f for f in beside.rglob("*") if f.is_file())
+            write_json(beside / "files.json", {str(f.relative_to(beside)): f.stat().st_size for f in files})
             beside.rename(folder)
-            for other in self.checkpoints():
-                if other != folder:
+            for other in folder.parent.iterdir():
+                if other != folder and (_unfinished(other) or other in self.checkpoints()):
                     shutil.rmtree(other, ignore_errors=True)
         accelerator.wait_for_everyone()
 
@@ -107,6 +115,10 @@ class RunFolder:
         if not found:
             return None
         try:
+            sizes = json.loads((found[-1] / "files.json").read_text())
+            for name, size in sizes.items():
+                if (there := (found[-1] / name).stat().st_size) != size:
+                    raise OSError(f"{found[-1] / name} has {there} bytes and not {size}")
             accelerator.load_state(str(found[-1]))
             own = found[-1] / f"own-{accelerator.process_index}.pt"
             return torch.load(own, map_location="cpu", weights_only=True)
@@ -119,12 +131,19 @@ class RunFolder:
         """The whole checkpoints, oldest first; half-written ones begin with a dot."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
+    def _remove_run(self, mark: Path) -> None:
+        """Remove what a run writes and nothing else that lies there."""
+        if not {"student", "losses"} <= set(_read(mark, "overwrite")):
+            raise FileExistsError(f"out: {mark} is not of a run of ours; choose another folder")
+        for step in self.checkpoints():
+            shutil.rmtree(step)
+        for pattern in ("student-*.safetensors", "student.safetensors", "result.json", "history.json", "run.json"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
     def _same_run(self, mark: Path, about: dict[str, Any]) -> None:
-        try:
-            there = json.loads(mark.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"resume: {mark} is damaged: {error}") from error
-        for name in ("student", "teacher", "losses"):
+        there = _read(mark, "resume")
+        for name in ("student", "parameters", "teacher", "losses"):
             if there.get(name) != about.get(name):
                 raise ValueError(
                     f"resume: the run in {self.path} has {name} {there.get(name)!r}, this one {about.get(name)!r}"
@@ -132,6 +151,31 @@ class RunFolder:
         changed = [k for k, v in about.get("training", {}).items() if there.get("training", {}).get(k) != v]
         if changed:
             say(f"resume: settings changed since the run began: {', '.join(changed)}")
+
+
+def _read(mark: Path, wish: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(mark.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{wish}: {mark} is damaged: {error}") from error
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether this is what a killed run was about to write."""
+    return path.name.startswith(".") and ".part" in path.name
+
+
+def student_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The plain student's state dict, on the processor, whatever wraps the distillation. All processes call it.
+
+    Several processes go on with the first one's buffers: DDP spreads them before a forward pass, not after the last.
+    """
+    prefix = "student."
+    if accelerator.num_processes > 1:
+        for buffer in accelerator.unwrap_model(model).student.buffers():
+            dist.broadcast(buffer, src=0)
+    whole = accelerator.get_state_dict(model)
+    return {k[len(prefix) :]: v.detach().cpu().clone() for k, v in whole.items() if k.startswith(prefix)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -56,7 +56,7 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
     torch.manual_seed(0)
     teacher = SmallCNN(width=32, depth=1)
     taught = distill(
-        teacher, None, parts.teacher, parts.validation, test=parts.test, training=_settings(epochs=6, lr=0.004)
+        teacher, None, parts.teacher, parts.validation, test=parts.test, training=_settings(epochs=8, lr=0.004)
     )
 
     students: list[Result] = []
@@ -157,7 +157,7 @@ def _settings(
         optimizer="adamw",
         lr=lr,
         weight_decay=0.05,
-        scheduler="onecycle",
+        scheduler="cosine",
         seed=seed,
         evaluate_every=evaluate_every,
         channels_last=True,
@@ -174,8 +174,8 @@ def _report(parts: _Parts, taught: Result, students: list[Result], controls: lis
     curves = [Curve("student", _points(r, per_epoch)) for r in students]
     curves += [Curve("student without a teacher", _points(r, per_epoch)) for r in controls]
     notes = [
-        "Data: the packaged subset of Fashion-MNIST (MIT licence). The teacher was trained on 5,000 labelled images that "
-        f"the student never sees. The student has 5,000 other images, of which {len(parts.few)} have labels "
+        "Data: the packaged subset of Fashion-MNIST (MIT licence). The teacher was trained on 5,000 labelled images "
+        f"that the student never sees. The student has 5,000 other images, of which {len(parts.few)} have labels "
         f"({LABELS_PER_CLASS} a class); the control learns from those {len(parts.few)} alone, with the same initial "
         "weights, augmentation, optimiser and number of steps.",
         "Weights were chosen on 1,000 validation images; the 3,000 test images were looked at once, at the end. "
@@ -184,15 +184,17 @@ def _report(parts: _Parts, taught: Result, students: list[Result], controls: lis
         "The setting (few labels, many unlabelled images, a large network made by somebody else) is one that people "
         "have, and one in which a teacher has something to give that the labels lack. With all labels at hand "
         "the gain is smaller.",
-        "Learning curves are validation accuracy; an epoch is one pass over the student's 5,000 images, and the control "
-        "is placed at the same number of optimiser steps.",
+        "Learning curves are validation accuracy; an epoch is one pass over the student's 5,000 images, and the "
+        "control is placed at the same number of optimiser steps.",
     ]
+    differences = _differences(parts, taught, students[0])
     return Report(
         "Few labels, many images: a small student of a larger teacher",
         rows,
         curves,
-        _differences(parts, taught, students[0]),
-        notes,
+        examples=[example for _, example in differences[:24]],
+        compared=(len(parts.test.dataset), len(differences)),
+        notes=notes,
         environment=environment(),
     )
 
@@ -216,8 +218,8 @@ def _points(result: Result, per_epoch: int) -> list[tuple[float, float]]:
     return [(h["step"] / per_epoch, h["metrics"]["accuracy"]) for h in result.history if h["metrics"]]
 
 
-def _differences(parts: _Parts, taught: Result, student: Result, count: int = 24) -> list[Example]:
-    """The test images on which the two disagree most confidently."""
+def _differences(parts: _Parts, taught: Result, student: Result) -> list[tuple[float, Example]]:
+    """The test images on which the two disagree, the most confident disagreements first."""
     data = fashion_subset()
     found: list[tuple[float, Example]] = []
     with evaluating(taught.student, student.student):
@@ -227,5 +229,4 @@ def _differences(parts: _Parts, taught: Result, student: Result, count: int = 24
                 (p, t), (q, s) = (tuple(x.item() for x in v[i].max(0)) for v in (theirs, mine))
                 names = (data.classes[int(k)] for k in (labels[i], t, s))
                 found.append((p * q, Example(data.test.images[int(ids[i])], None, *names, p, q)))
-    found.sort(key=lambda pair: -pair[0])
-    return [example for _, example in found[:count]]
+    return sorted(found, key=lambda pair: -pair[0])

@@ -97,7 +97,10 @@ class Distillation(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.student.parameters()).device
+        parameter = next(self.student.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"student: {type(self.student).__name__} has no parameters, so it cannot learn")
+        return parameter.device
 
     def bind(self, batch: Any, population: int | None = None) -> Distillation:
         """Look every address up, run both models once on ``batch``, build what losses own, and check everything.
@@ -225,13 +228,14 @@ def _untouched(*modules: nn.Module) -> Iterator[None]:
     """Run without gradients, and leave buffers, modes and random numbers as they were."""
     state = [(m, m.training) for module in modules for m in module.modules()]
     owners = [m for module in modules for m in module.modules()]
-    buffers = [(m, n, b, b.clone()) for m in owners for n, b in m.named_buffers(recurse=False)]
+    buffers = [(m, n, b, None if b is None else b.clone()) for m in owners for n, b in m._buffers.items()]
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(cuda), torch.no_grad():
         try:
             yield
         finally:
             for owner, name, buffer, value in buffers:
-                setattr(owner, name, buffer.copy_(value))  # the forward pass may have put another tensor there
+                # the forward pass may have put another tensor there
+                setattr(owner, name, None if buffer is None else buffer.copy_(value))
             for module, training in state:
                 module.training = training

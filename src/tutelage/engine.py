@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tutelage.checkpoint import RunFolder, write_json
+from tutelage.checkpoint import RunFolder, student_state, write_json
 from tutelage.distillation import Distillation
 from tutelage.evaluation import evaluate
-from tutelage.progress import Meter
-from tutelage.run import Epoch, Interrupted, Run, restore_random, seed_epoch, stop_signals
+from tutelage.progress import Meter, tracking
+from tutelage.run import Epoch, Interrupted, Run, agreed, restore_random, seed_epoch, stop_signals
 from tutelage.teachers import Frozen
 from tutelage.training import Training
 from tutelage.views import move
@@ -53,6 +54,7 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     handler = DistributedDataParallelKwargs()
+    AcceleratorState._reset_state()  # accelerate would refuse another precision than an earlier run's
     accelerator = Accelerator(
         mixed_precision=training.precision,
         cpu=training.cpu or None,
@@ -68,6 +70,7 @@ def fit(
     teacher = d.teacher.module if isinstance(d.teacher, Frozen) else None
     if hasattr(train, "attach"):
         train.attach(d.student, teacher)
+    seed_epoch(training.seed, -1, train)
     loader = accelerator.prepare(train) if isinstance(train, DataLoader) and accelerator.num_processes > 1 else train
     seed_epoch(training.seed, -1, loader)
     first = next(iter(loader), None)
@@ -85,21 +88,22 @@ def fit(
     # Memories of losses are kept equal by their owners, and may be too large to broadcast at every step.
     d._ddp_params_and_buffers_to_ignore = [f"losses.{name}" for name, _ in d.losses.named_buffers()]
     model, optimizer = accelerator.prepare(d.train(), optimizer)
-    if training.trackers:
-        accelerator.init_trackers("tutelage", config={k: str(v) for k, v in training.description().items()})
 
     saved = folder.load(accelerator) if folder and resume else None
     run = Run.restored(saved, d, train, scheduler) if saved else Run()
     if saved and folder:
         run.best, run.last = folder.load_student("best"), folder.load_student("last") or {}
-    meter = Meter(total, training.log_every, training.progress and accelerator.is_main_process, run.step)
+    meter = Meter(total, training.progress and accelerator.is_main_process, run.step, run.sums)
 
-    def save() -> None:
-        meter.look()  # a loss that is no number stops the run before anything is saved
+    def save(stop: bool) -> None:
+        meter.look()  # a loss that is no number ends the run before anything is saved
         if folder:
             folder.save(accelerator, run.step, run.state(d, train, scheduler))
+        if stop:
+            where = f"a checkpoint is in {folder.path}, go on with resume" if folder else "no folder was given"
+            raise Interrupted(f"stopped at step {run.step} of {total}: {where}")
 
-    with meter, stop_signals() as asked:
+    with meter, tracking(accelerator, training), stop_signals() as asked:
         while run.step < total and not (training.patience and run.since_best >= training.patience):
             began = time.monotonic()
             seed_epoch(training.seed, run.epoch, loader)
@@ -123,18 +127,14 @@ def fit(
                 optimizer.zero_grad()
                 run.step += 1
                 run.batches += len(window)
-                if training.trackers and run.step % training.log_every == 0:
+                if look := run.step % training.log_every == 0:
                     accelerator.log({f"train/{k}": v for k, v in meter.look().items()}, step=run.step)
-                if asked:
-                    save()
-                    where = f"a checkpoint is in {folder.path}, go on with resume" if folder else "no folder was given"
-                    raise Interrupted(f"stopped at step {run.step} of {total}: {where}")
-                if training.checkpoint_every and run.step % training.checkpoint_every == 0:
-                    save()
+                stop = agreed(asked, accelerator, look)
+                if stop or (training.checkpoint_every and run.step % training.checkpoint_every == 0):
+                    save(stop)
             if not run.batches:
                 raise ValueError("train: the loader gave no batch in this epoch")
-            lr = scheduler.get_last_lr()[0]
-            line = Epoch(run.epoch, run.step, time.monotonic() - began, lr, meter.averages())
+            line = Epoch(run.epoch, run.step, time.monotonic() - began, scheduler.get_last_lr()[0], meter.averages())
             run.last, best = student_state(accelerator, model), False
             if validation is not None and (run.step >= total or (run.epoch + 1) % training.evaluate_every == 0):
                 compared = teacher if training.monitor in ("agreement", "teacher_kl") else None
@@ -148,20 +148,10 @@ def fit(
                 if best:
                     folder.save_student("best", run.last)
                 write_json(folder.path / "history.json", [asdict(line) for line in run.history])
-            save()
-            if training.trackers:
-                accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
+            accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
             meter.line(str(line))
-    if training.trackers:
-        accelerator.end_training()
+            save(agreed(asked, accelerator, look=True))
     return run
-
-
-def student_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """The plain student's state dict, on the processor, whatever wraps the distillation. All processes call it."""
-    whole = accelerator.get_state_dict(model)
-    prefix = "student."
-    return {k[len(prefix) :]: v.detach().cpu().clone() for k, v in whole.items() if k.startswith(prefix)}
 
 
 def _shares(d: Distillation, window: list[Any], accelerator: Accelerator) -> list[dict[str, Tensor] | None]:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tutelage.console import console, say
 from tutelage.distillation import Losses
-from tutelage.views import read_batch
+from tutelage.training import Training
+from tutelage.views import Batch, Inputs, read_batch
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite; the message names the term and the samples."""
+
+
+@dataclass
+class _Pending:
+    """One batch's losses, not yet waited for, and what its error message would say of the batch."""
+
+    losses: Losses
+    ids: Tensor | None
+    inputs_finite: Tensor | None
 
 
 class Meter:
@@ -25,17 +38,14 @@ class Meter:
 
     Args:
         total: steps of the whole training.
-        every: steps between two looks.
         visible: whether to draw a bar.
         done: steps already done, of a resumed run.
+        sums: of an epoch under way, [sum, batches] of each term; it is kept up to date, to be saved with the run.
     """
 
-    def __init__(self, total: int, every: int, visible: bool, done: int = 0):
-        self.every = every
-        self.pending: list[tuple[Losses, Any]] = []
-        self.sums: dict[str, float] = {}
-        self.count = 0
-        self.started = time.monotonic()
+    def __init__(self, total: int, visible: bool, done: int = 0, sums: dict[str, list[float]] | None = None):
+        self.pending: list[_Pending] = []
+        self.sums = {} if sums is None else sums
         self.visible = visible
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -58,12 +68,16 @@ class Meter:
         self.bar.stop()
 
     def add(self, losses: Losses, raw: Any, step_ended: bool) -> None:
-        """Note one batch's losses; look at the last ones if it is time."""
-        self.pending.append((losses, raw))
+        """Note one batch's losses. The batch itself is not kept, or many would fill the device's memory."""
+        try:
+            batch = read_batch(raw)
+        except TypeError:  # of a kind that only the run's views can read
+            batch = Batch(Inputs(), Inputs())
+        sums = [t.detach().sum(dtype=torch.float32) for t in batch.student.tensors() if t.is_floating_point()]
+        finite = torch.isfinite(torch.stack(sums)).all() if sums else None
+        self.pending.append(_Pending(replace(losses, total=losses.total.detach()), batch.ids, finite))
         if step_ended:
             self.bar.advance(self.task)
-            if sum(1 for _ in self.pending) >= self.every:
-                self.look()
 
     def look(self) -> dict[str, float]:
         """Wait for the device, check the pending losses and add them to the averages.
@@ -76,29 +90,32 @@ class Meter:
         """
         if not self.pending:
             return {}
-        names = list(dict.fromkeys(n for losses, _ in self.pending for n in losses.values))
-        nothing = torch.zeros(())
-        rows = [
-            torch.stack([losses.total.detach(), *(losses.values.get(n, nothing.to(losses.total)) for n in names)])
-            for losses, _ in self.pending
-        ]
-        table = torch.stack(rows).float().cpu()
-        bad = (~torch.isfinite(table)).any(1).nonzero()
-        if len(bad):
-            self._refuse(int(bad[0]), names, table)
-        means = dict(zip(["loss", *names], table.mean(0).tolist(), strict=True))
-        for name, value in zip(["loss", *names], table.sum(0).tolist(), strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += len(self.pending)
+        names = list(dict.fromkeys(n for p in self.pending for n in p.losses.values))
+        nothing = self.pending[0].losses.total.new_zeros(())
+        rows = [torch.stack([p.losses.values.get(n, nothing).float() for n in names] or [nothing]) for p in self.pending]
+        table = torch.stack(rows).cpu().tolist()
+        now: dict[str, list[float]] = {}
+        for pending, values in zip(self.pending, table, strict=True):
+            terms = {n: v for n, v in zip(names, values, strict=False) if n in pending.losses.values}
+            # of the whole batch: the total that is trained on is only its share of an accumulated step
+            loss = sum(pending.losses.weights[n] * v for n, v in terms.items())
+            if not math.isfinite(loss):
+                self._refuse(pending, terms)
+            for name, value in {"loss": loss, **terms}.items():
+                for sums in (self.sums, now):
+                    entry = sums.setdefault(name, [0.0, 0])
+                    entry[0] += value
+                    entry[1] += 1
         self.pending.clear()
+        means = _means(now)
         self.bar.update(self.task, terms="  ".join(f"{n} {v:.3g}" for n, v in means.items()))
         return means
 
     def averages(self) -> dict[str, float]:
-        """The means since the last call."""
+        """The means since the last call; of each term, over the batches in which it had a weight."""
         self.look()
-        means = {name: value / self.count for name, value in self.sums.items()} if self.count else {}
-        self.sums, self.count = {}, 0
+        means = _means(self.sums)
+        self.sums.clear()
         return means
 
     def line(self, text: str) -> None:
@@ -106,19 +123,32 @@ class Meter:
         if self.visible:
             say(text)
 
-    def _refuse(self, row: int, names: list[str], table: Tensor) -> None:
-        losses, raw = self.pending[row]
-        terms = [n for n, v in zip(names, table[row, 1:].tolist(), strict=True) if not math.isfinite(v)]
-        batch = read_batch(raw)
+    def _refuse(self, pending: _Pending, terms: dict[str, float]) -> None:
+        bad = [n for n, v in terms.items() if not math.isfinite(v)]
         ids = "unknown (wrap the data set in tutelage.data.Indexed to see them)"
-        if batch.ids is not None:
-            numbers = batch.ids.tolist()
+        if pending.ids is not None:
+            numbers = pending.ids.tolist()
             ids = f"{numbers[:16]}" + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
-        inputs = [t for t in batch.student.tensors() if t.is_floating_point()]
-        finite = all(bool(torch.isfinite(t).all()) for t in inputs)
-        blame = "; its inputs are finite" if finite else "; its inputs contain NaN or infinite values"
-        values = {n: float(v) for n, v in losses.values.items()}
+        blame = ""
+        if pending.inputs_finite is not None:
+            blame = "; its inputs are finite" if pending.inputs_finite else "; its inputs contain NaN or infinite values"
         raise NonFiniteLoss(
-            f"loss term {', '.join(terms) or 'total (a weight)'} is not finite: {values}; sample ids of the batch: "
+            f"loss term {', '.join(bad) or 'total (a weight)'} is not finite: {terms}; sample ids of the batch: "
             f"{ids}{blame}. Nothing was saved since; the last checkpoint is whole"
         )
+
+
+def _means(sums: dict[str, list[float]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, training: Training) -> Iterator[None]:
+    """The run's trackers, closed however it ends; accelerate's own way would close the process group with them."""
+    if training.trackers:
+        accelerator.init_trackers("tutelage", config={k: str(v) for k, v in training.description().items()})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -50,6 +51,7 @@ class Run:
         best_value, best_epoch: that figure and when it was.
         epoch, batches, step: the epoch under way, the batches of it that are done, the optimiser steps of all.
         since_best: validations since the best one.
+        sums: [sum, batches] of each term in the epoch under way.
     """
 
     history: list[Epoch] = field(default_factory=list)
@@ -61,13 +63,21 @@ class Run:
     batches: int = 0
     step: int = 0
     since_best: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
 
     def validated(self, line: Epoch, metrics: dict[str, float], training: Training) -> bool:
-        """Note a validation; returns whether it is the best so far."""
+        """Note a validation; returns whether it is the best so far.
+
+        Raises:
+            ValueError: the monitored figure is not among the metrics (top5 of few classes, agreement with no teacher).
+        """
         line.metrics = metrics
-        better = training.better(metrics[training.monitor], self.best_value)
+        if training.monitor not in metrics:
+            raise ValueError(f"monitor={training.monitor!r}: the validation has only {', '.join(metrics)}")
+        value = metrics[training.monitor]
+        better = training.better(value, self.best_value)
         if better:
-            self.best_value, self.best_epoch, self.since_best = metrics[training.monitor], line.epoch, 0
+            self.best_value, self.best_epoch, self.since_best = value, line.epoch, 0
         else:
             self.since_best += 1
         return better
@@ -111,8 +121,10 @@ def seed_epoch(seed: int, epoch: int, loader: Iterable[Any]) -> None:
     torch.manual_seed(number)
     sampler = getattr(loader, "sampler", None)
     for owner in (loader, sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
-        if isinstance(getattr(owner, "generator", None), torch.Generator):
-            owner.generator.manual_seed(number)
+        # accelerate hides the generator of a loader that it shared out under the second name
+        for generator in (getattr(owner, "generator", None), getattr(owner, "synchronized_generator", None)):
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(number)
         if epoch >= 0 and hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
 
@@ -168,3 +180,17 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def agreed(asked: list[int], accelerator: Accelerator, look: bool) -> bool:
+    """Whether to stop now.
+
+    A process alone stops when it is asked. Several must stop after the same step: they tell each other, but only at
+    a ``look`` because that waits for the device.
+    """
+    if accelerator.num_processes == 1:
+        return bool(asked)
+    if not look:
+        return False
+    mine = torch.tensor(float(len(asked)), device=accelerator.device)
+    return bool(accelerator.reduce(mine, reduction="sum") > 0)

@@ -280,7 +280,9 @@ def tappable(model: nn.Module, inputs: Inputs) -> list[Tappable]:
 
         return note
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]
+    # a parametrised weight (weight norm, fake quantisation) is calculated by a module, and is no feature
+    named = [(n, m) for n, m in model.named_modules() if n and "parametrizations" not in n.split(".")]
+    handles = [module.register_forward_hook(hook(name)) for name, module in named]
     try:
         with torch.no_grad():
             inputs.call(model)
@@ -300,11 +302,6 @@ def stages(model: nn.Module, inputs: Inputs) -> list[Tappable]:
         ValueError: the model has neither.
     """
     lines = tappable(model, inputs)
-    maps: dict[tuple[int, ...], Tappable] = {}
-    if any(t.ndim == 4 for t in inputs.tensors()):  # and not the attention maps of a language model
-        for line in lines:
-            if len(line.shape) == 4 and min(line.shape[2:]) > 1:
-                maps[line.shape[2:]] = line  # hooks fire when a module returns, so the outermost comes last
     blocks = {
         f"{name}.{i}"
         for name, module in model.named_modules()
@@ -312,7 +309,14 @@ def stages(model: nn.Module, inputs: Inputs) -> list[Tappable]:
         for i in range(len(module))
     }
     sequence = [t for t in lines if len(t.shape) == 3 and re.sub(r"\[0\]$", "", t.address) in blocks]
-    if len(maps) > 1 or (maps and not sequence):  # a vision transformer has one map, of its patches
+    # Maps before the first block are a stem's or the patches', those inside a block its attention heads'.
+    inside = tuple(f"{t.address.split('[')[0]}." for t in sequence)
+    maps: dict[tuple[int, ...], Tappable] = {}
+    if any(t.ndim == 4 for t in inputs.tensors()):  # and not the attention maps of a language model
+        for line in lines[lines.index(sequence[0]) if sequence else 0 :]:
+            if len(line.shape) == 4 and min(line.shape[2:]) > 1 and not line.address.startswith(inside):
+                maps[line.shape[2:]] = line  # hooks fire when a module returns, so the outermost comes last
+    if maps:
         return list(maps.values())
     if not sequence:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,8 @@ class Frozen(Teacher):
 
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
         assert self.observer is not None, "bind first"
+        if not self.observer.addresses:
+            return [Lesson(student, Record())]  # no loss reads it, so it need not run
         if self.module.training or any(m.training for m in self.module.modules()):
             self.module.eval()  # somebody called .train() on it between two steps
         # no_grad and not inference_mode, whose tensors autograd refuses to save when a loss multiplies them
@@ -132,7 +134,7 @@ class Frozen(Teacher):
         change(self.module)
 
 
-def as_teacher(teacher: nn.Module | Teacher | Sequence[nn.Module] | None) -> Teacher:
+def as_teacher(teacher: nn.Module | Teacher | None) -> Teacher:
     """The teacher role from what users give: a network, a role, or nothing.
 
     >>> type(as_teacher(nn.Linear(2, 2))).__name__, type(as_teacher(None)).__name__

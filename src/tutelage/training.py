@@ -39,7 +39,7 @@ class Training:
         clip: the largest norm of the gradient.
         seed: of everything random. Each epoch is seeded from it afresh.
         monitor: the validation figure that chooses the best weights.
-        patience: stop after so many epochs without a better ``monitor``.
+        patience: stop after so many validations in a row without a better ``monitor``.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; one is always written at its end.
         evaluate_every: epochs between validations; the last epoch is always validated.
         log_every: steps between two looks at the losses (each look waits for the device).

@@ -21,8 +21,8 @@ UNLABELLED = -100
 
 
 @lru_cache(maxsize=256)
-def _accepted(model_class: type[nn.Module]) -> frozenset[str] | None:
-    parameters = inspect.signature(model_class.forward).parameters.values()
+def _accepted(forward: Callable) -> frozenset[str] | None:
+    parameters = inspect.signature(forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -44,7 +44,8 @@ class Inputs:
         different ones); a single named input that it does not know is given by position."""
         if not self.kwargs:
             return model(*self.args)
-        accepted = _accepted(type(model))
+        # A compiled model's class takes anything; its instance's forward is the original's.
+        accepted = _accepted(model.forward if "forward" in vars(model) else type(model).forward)
         kwargs = self.kwargs if accepted is None else {k: v for k, v in self.kwargs.items() if k in accepted}
         if kwargs or self.args:
             return model(*self.args, **kwargs)
@@ -146,7 +147,8 @@ def _same(inputs: Inputs, labels: Tensor | None = None, ids: Tensor | None = Non
 def move(raw: Any, device: torch.device | str) -> Any:
     """A batch of any kind that :func:`read_batch` reads, on another device."""
     if isinstance(raw, Tensor):
-        return raw.to(device, non_blocking=True)
+        # Towards the processor, a copy that is not waited for may be read before it is there.
+        return raw.to(device, non_blocking=torch.device(device).type != "cpu")
     if isinstance(raw, Inputs):
         return Inputs(move(raw.args, device), move(raw.kwargs, device))
     if dataclasses.is_dataclass(raw) and not isinstance(raw, type | Mapping):

@@ -188,3 +188,17 @@ def test_a_file_is_measured_in_the_same_terms(tmp_path):
 def test_measurement_is_plain_data():
     result = quick(nn.Linear(2, 2), torch.zeros(1, 2))
     assert Measurement(**dataclasses.asdict(result)) == result
+
+
+def test_a_compiled_model_is_measured_by_keyword():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, a, b):
+            return self.linear(a + b)
+
+    # Its class does not tell what its forward takes: the arguments must reach it as they are.
+    example = {"a": torch.ones(1, 4), "b": torch.ones(1, 4)}
+    assert measure(torch.compile(Sum(), backend="eager"), example, runs=1, warmup=1).macs == 8

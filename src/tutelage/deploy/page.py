@@ -100,7 +100,7 @@ def page(report: Report) -> str:
         _tiles(report),
         _table(report),
         _pictures(report),
-        _gallery(report.examples),
+        _gallery(report.examples, report.compared),
         _list("Notes", [escape(note) for note in report.notes]),
         _list("Files", [_file(name, path) for name, path in report.files.items()]),
         _facts(report.environment),
@@ -257,15 +257,16 @@ def _styles(series: list[pictures.Series], rows: list[Row]) -> list[int]:
     return [next(others) if c is None else c for c in chosen]
 
 
-def _gallery(examples: list[Example]) -> str:
+def _gallery(examples: list[Example], compared: tuple[int, int] | None) -> str:
     if not examples:
         return ""
     differ = [e for e in examples if e.teacher != e.student]
-    count = f"{len(differ)} of the {len(examples)} samples looked at"
+    samples, differing = compared or (len(examples), len(differ))
+    count = f"{differing:,} of the {samples:,} samples looked at"
     if not differ:
-        text = f"Teacher and student say the same of all {len(examples)} samples looked at."
-    elif len(differ) > _GALLERY:
-        text = f"They differ on {count}; the first {_GALLERY} are shown."
+        text = f"Teacher and student say the same of all {samples:,} samples looked at."
+    elif differing > len(differ) or len(differ) > _GALLERY:
+        text = f"They differ on {count}; {min(len(differ), _GALLERY)} are shown."
     else:
         text = f"They differ on {count}."
     items = "".join(_example(i, e) for i, e in enumerate(differ[:_GALLERY], start=1))

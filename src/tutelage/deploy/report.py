@@ -110,6 +110,7 @@ class Report:
         notes: Sentences about how the figures came about.
         files: What was written: a description and a path relative to the page.
         environment: Versions and the like, as :func:`environment` gives them.
+        compared: How many samples the examples were picked from, and on how many of these the two differ.
     """
 
     title: str
@@ -119,6 +120,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    compared: tuple[int, int] | None = None
 
     def headline(self) -> str:
         """What the figures say, in a sentence or two: the best student against teacher and control."""
@@ -269,7 +271,8 @@ class Report:
         rows = [Row(**{**r, "measurement": Measurement(**r["measurement"])}) for r in body.pop("rows")]
         curves = [Curve(c["label"], [(x, y) for x, y in c["points"]]) for c in body.pop("curves")]
         examples = [Example(**{**e, "image": _image(e["image"])}) for e in body.pop("examples")]
-        return cls(rows=rows, curves=curves, examples=examples, **body)
+        compared = tuple(body.pop("compared") or ()) or None
+        return cls(rows=rows, curves=curves, examples=examples, compared=compared, **body)
 
     def _teacher(self) -> Row | None:
         return next((r for r in self.rows if r.kind == "teacher"), None)

@@ -9,6 +9,8 @@ from torch import nn
 
 from tutelage import KD, Distillation
 from tutelage.functional import kd_divergence
+from tutelage.record import Record
+from tutelage.views import read_batch
 
 
 def test_reference_value(agrees):
@@ -101,3 +103,38 @@ def test_a_student_trained_on_soft_targets_agrees_with_its_teacher():
     assert d(inputs)["KD"] < 0.1 * first
     assert (student(inputs).argmax(1) == teacher(inputs).argmax(1)).float().mean() > max(0.85, agreement)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_padded_tokens_of_a_sequence_change_neither_loss_nor_gradient():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7)
+    labels = torch.randint(7, (3, 5))
+    labels[0, 3:] = labels[2, :] = -100
+    batch = read_batch((torch.zeros(3, 5), labels))
+    kd = KD(temperature=2.0)
+    kd.pairs = [("@logits", "@logits")]
+    value = kd(Record(student), Record(teacher), batch)
+    valid = labels != -100
+    expected = kd_divergence(student[valid], teacher[valid], temperature=2.0)
+    torch.testing.assert_close(value, expected)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient[~valid].abs().max() == 0
+    assert gradient[valid].abs().min() > 0
+    assert int(kd.units(batch)) == 8
+
+
+def test_a_batch_of_padding_alone_costs_nothing_and_has_a_gradient():
+    student = torch.randn(2, 4, 3, requires_grad=True)
+    value = kd_divergence(student, torch.randn(2, 4, 3), mask=torch.zeros(2, 4, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value == 0
+    assert gradient.abs().max() == 0
+
+
+def test_unlabelled_samples_are_taught_all_the_same():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    kd = KD()
+    kd.pairs = [("@logits", "@logits")]
+    batch = read_batch((torch.zeros(4, 2), torch.tensor([0, -100, -100, 2])))
+    torch.testing.assert_close(kd(Record(student), Record(teacher), batch), kd_divergence(student, teacher))
+    assert kd.units(batch) == 4

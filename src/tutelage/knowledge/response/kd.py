@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tutelage.catalogue import method
-from tutelage.knowledge.base import ResponseLoss, Tap, classes_last
+from tutelage.knowledge.base import ResponseLoss, Tap, classes_last, labelled
 from tutelage.record import Record, in_float32
 from tutelage.schedule import Weight
-from tutelage.views import Batch
+from tutelage.views import UNLABELLED, Batch
 
 
-def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0, mask: Tensor | None = None) -> Tensor:
     """T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)), summed over classes, mean over samples and positions.
 
     T² keeps the gradient's size nearly independent of T, whatever weight stands before it.
@@ -21,6 +21,8 @@ def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) ->
         student: logits (B, C), (B, T, C) or (B, C, H, W).
         teacher: logits of the same shape; no gradient flows to them.
         temperature: T > 0.
+        mask: booleans of the logits' shape without classes; positions that are False (padding) do not count. If none
+            counts, the value is 0, with a gradient of 0.
 
     Returns:
         A scalar in nats · T², ≥ 0, and 0 for equal logits.
@@ -38,9 +40,11 @@ def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) ->
         raise ValueError(f"temperature={temperature}: expected a positive number")
     if student.shape != teacher.shape:
         raise ValueError(f"logits differ in shape: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}")
-    log_p = F.log_softmax(classes_last(in_float32(teacher)).detach() / temperature, dim=1)
-    log_q = F.log_softmax(classes_last(in_float32(student)) / temperature, dim=1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    rows_s, rows_t = classes_last(in_float32(student)), classes_last(in_float32(teacher)).detach()
+    if mask is not None:
+        rows_s, rows_t = rows_s[mask.reshape(-1)], rows_t[mask.reshape(-1)]
+    log_p, log_q = F.log_softmax(rows_t / temperature, dim=1), F.log_softmax(rows_s / temperature, dim=1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(len(rows_s), 1) * temperature**2
 
 
 @method(
@@ -52,6 +56,9 @@ def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) ->
 )
 class KD(ResponseLoss):
     """Soft targets: T²·KL between the softened predictions of teacher and student.
+
+    Of sequences (logits (B, T, C), labels (B, T)) the tokens labelled -100 (padding, prompts) do not count. Of whole
+    samples all count, labelled or not.
 
     Args:
         taps: which logits, by default the models' own.
@@ -73,7 +80,19 @@ class KD(ResponseLoss):
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         pairs = self.tensors(student, teacher)
-        return sum(kd_divergence(s, t, self.temperature) for s, t in pairs) / len(pairs)
+        return sum(kd_divergence(s, t, self.temperature, _tokens(s, batch.labels)) for s, t in pairs) / len(pairs)
+
+    def units(self, batch: Batch) -> Tensor | int:
+        labels = batch.labels
+        tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
+        return labelled(labels) if tokens else len(batch)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={self.temperature}"
+
+
+def _tokens(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Which positions of a sequence count; ``None`` for anything that is no labelled sequence."""
+    if logits.ndim != 3 or labels is None or labels.shape != logits.shape[:2]:
+        return None
+    return labels != UNLABELLED
