@@ -20,7 +20,8 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     >>> a.shape, b.shape
     (torch.Size([1, 2, 4, 6]), torch.Size([1, 3, 4, 6]))
     """
-    size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    (h, w), (other_h, other_w) = student.shape[2:], teacher.shape[2:]
+    size = (min(h, other_h), min(w, other_w))
     pool = F.adaptive_avg_pool2d
     return (
         student if tuple(student.shape[2:]) == size else pool(student, size),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch
 from tutelage.console import console, say
 from tutelage.data import ArrayLoader, CropFlip, fashion_subset, split, unlabel
 from tutelage.deploy import export_onnx, measure
-from tutelage.deploy.report import Curve, Example, Report, Row, environment
+from tutelage.deploy.report import Curve, Example, Kind, Report, Row, environment
 from tutelage.distilling import Result, distill
 from tutelage.evaluation import evaluating
 from tutelage.files import replacing
@@ -63,9 +64,7 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
     controls: list[Result] = []
     steps = 12 * len(parts.student)
     for seed in range(seeds):
-        say(
-            f"2/4  seed {seed}: a student of the teacher, and the same student with {10 * LABELS_PER_CLASS} labels alone"
-        )
+        say(f"2/4  seed {seed}: a student of the teacher, and the same student with {len(parts.few)} labels alone")
         torch.manual_seed(seed)
         student = SmallCNN(width=8, depth=1)
         control = copy.deepcopy(student)
@@ -134,7 +133,7 @@ def _share_out() -> _Parts:
     known[ours] = unlabel(labels[ours], LABELS_PER_CLASS, seed=0)
     few = np.flatnonzero(known >= 0)
     mean, std = data.train.statistics()
-    shared = {"mean": mean, "std": std, "channels_last": True}
+    shared: dict[str, Any] = {"mean": mean, "std": std, "channels_last": True}
     test = ArrayLoader(data.test.images, data.test.labels, batch_size=500, **shared)
     parts = _Parts(images, labels, test, few)
 
@@ -199,13 +198,15 @@ def _report(parts: _Parts, taught: Result, students: list[Result], controls: lis
     )
 
 
-def _row(name: str, kind: str, results: list[Result], example: torch.Tensor) -> Row:
+def _row(
+    name: str, kind: Kind, results: list[Result], example: torch.Tensor
+) -> Row:
     metrics = [r.metrics for r in results if r.metrics is not None]
     agreement = [m.agreement for m in metrics if m.agreement is not None]
     cost = measure(results[0].student, example)
     return Row(
         name,
-        kind,  # type: ignore[arg-type]
+        kind,
         [m.accuracy for m in metrics],
         agreement,
         [m.nll for m in metrics],
@@ -227,6 +228,6 @@ def _differences(parts: _Parts, taught: Result, student: Result) -> list[tuple[f
             theirs, mine = taught.student(inputs).softmax(1), student.student(inputs).softmax(1)
             for i in (theirs.argmax(1) != mine.argmax(1)).nonzero().flatten().tolist():
                 (p, t), (q, s) = (tuple(x.item() for x in v[i].max(0)) for v in (theirs, mine))
-                names = (data.classes[int(k)] for k in (labels[i], t, s))
-                found.append((p * q, Example(data.test.images[int(ids[i])], None, *names, p, q)))
+                label, said, answered = (data.classes[int(k)] for k in (labels[i], t, s))
+                found.append((p * q, Example(data.test.images[int(ids[i])], None, label, said, answered, p, q)))
     return sorted(found, key=lambda pair: -pair[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tutelage.console import say
 from tutelage.knowledge.base import Loss
 from tutelage.knowledge.response.kd import KD
 from tutelage.knowledge.response.task import TaskLoss
+from tutelage.record import Record
 from tutelage.taps import Observer
 from tutelage.teachers import Frozen, NoTeacher, Teacher, as_teacher
 from tutelage.views import Batch, SameView
@@ -64,6 +65,9 @@ class Distillation(nn.Module):
     (['KD', 'TaskLoss'], None)
     """
 
+    student: nn.Module
+    views: Callable[[Any], Batch]
+
     def __init__(
         self,
         student: nn.Module,
@@ -90,6 +94,11 @@ class Distillation(nn.Module):
         self.views = views or SameView()
         self.progress = 0.0
         self.observer: Observer | None = None
+
+    @property
+    def terms(self) -> dict[str, Loss]:
+        """The losses by their names in logs."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
 
     @property
     def teacher(self) -> Teacher:
@@ -123,22 +132,23 @@ class Distillation(nn.Module):
             self._check_batch(batch)
             self.student.train()
             self.losses.eval()  # a loss in eval mode does not change what it remembers
-            for loss in self.losses.values():
+            for loss in self.terms.values():
                 if loss.resolve(*names, batch):
                     where = ", ".join(f"student {s!r} ← teacher {t!r}" for s, t in loss.pairs)
                     say(f"{loss.name} reads {where}")
-            reads_s = [s for loss in self.losses.values() for s, _ in loss.pairs]
-            reads_t = [t for loss in self.losses.values() if loss.needs_teacher for _, t in loss.pairs]
+            reads_s = [s for loss in self.terms.values() for s, _ in loss.pairs]
+            reads_t = [t for loss in self.terms.values() if loss.needs_teacher for _, t in loss.pairs]
             observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))
             built: set[str] = set()
             for lesson in self.teacher.lessons(batch, observer.dry_run(batch.student)):
+                teacher = cast(Record, lesson.teacher)  # None only for losses that say they need no teacher
                 for name, loss in self._applying(lesson.teacher):
                     if name not in built:
-                        loss.build(lesson.student, lesson.teacher, batch)
+                        loss.build(lesson.student, teacher, batch)
                         loss.to(self.device).eval()
                         built.add(name)
-                    loss.check(lesson.student, lesson.teacher, batch)
-                    loss(lesson.student, lesson.teacher, batch)
+                    loss.check(lesson.student, teacher, batch)
+                    loss(lesson.student, teacher, batch)
             if idle := sorted(set(self.losses) - built):
                 raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
         self.losses.train(self.training)
@@ -158,7 +168,7 @@ class Distillation(nn.Module):
             assert self.observer is not None
         batch = replace(self.views(batch), progress=self.progress)
         lessons = self.teacher.lessons(batch, self.observer(batch.student))
-        weights = {name: loss.weight_at(self.progress) for name, loss in self.losses.items()}
+        weights = {name: loss.weight_at(self.progress) for name, loss in self.terms.items()}
         values: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, enabled=False):
             for lesson in lessons:
@@ -173,7 +183,7 @@ class Distillation(nn.Module):
     def units(self, raw: Any) -> dict[str, Tensor | int]:
         """What each term of this batch is a mean over, to combine several batches into one step."""
         batch = SameView()(raw)
-        return {name: loss.units(batch) for name, loss in self.losses.items()}
+        return {name: loss.units(batch) for name, loss in self.terms.items()}
 
     def description(self) -> dict[str, Any]:
         """Who and what, in words, for a run's folder."""
@@ -189,14 +199,14 @@ class Distillation(nn.Module):
     def skips_parameters(self) -> bool:
         """Whether a step may leave parameters without gradient (a partial forward pass, a weight that falls to 0)."""
         partial = self.observer is not None and self.observer.partial
-        return partial or any(callable(loss.weight) for loss in self.losses.values())
+        return partial or any(callable(loss.weight) for loss in self.terms.values())
 
     def side_learners(self) -> dict[str, SideLearner]:
         """Everything inside the losses that learns with an optimiser of its own."""
         return {n: m for n, m in self.losses.named_modules() if isinstance(m, SideLearner)}
 
-    def _applying(self, teacher: Any) -> Iterator[tuple[str, Loss]]:
-        return ((n, loss) for n, loss in self.losses.items() if teacher is not None or not loss.needs_teacher)
+    def _applying(self, teacher: Record | None) -> Iterator[tuple[str, Loss]]:
+        return ((n, loss) for n, loss in self.terms.items() if teacher is not None or not loss.needs_teacher)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
@@ -207,7 +217,7 @@ class Distillation(nn.Module):
         for name, inputs in (("student", batch.student), ("teacher", batch.teacher)):
             if not all(bool(torch.isfinite(t).all()) for t in inputs.tensors() if t.is_floating_point()):
                 raise ValueError(f"inputs of the {name}: NaN or infinite values in the first batch")
-        for loss in self.losses.values():
+        for loss in self.terms.values():
             if loss.needs_labels and batch.labels is None:
                 raise ValueError(f"{loss.name} needs labels, and the batch has none (see tutelage.views.read_batch)")
             if loss.needs_ids and batch.ids is None:
@@ -236,6 +246,6 @@ def _untouched(*modules: nn.Module) -> Iterator[None]:
         finally:
             for owner, name, buffer, value in buffers:
                 # the forward pass may have put another tensor there
-                setattr(owner, name, None if buffer is None else buffer.copy_(value))
+                setattr(owner, name, buffer if buffer is None or value is None else buffer.copy_(value))
             for module, training in state:
                 module.training = training

@@ -25,6 +25,7 @@ from tutelage.comparison.intervals import Interval, mean_interval, paired_interv
 from tutelage.deploy.measure import Measurement
 from tutelage.files import replacing
 
+Kind = Literal["teacher", "student", "control"]
 _FORMAT = 1
 _SIDE_BY_SIDE = 4
 _KINDS = ("teacher", "student", "control")
@@ -48,7 +49,7 @@ class Row:
     """
 
     name: str
-    kind: Literal["teacher", "student", "control"]
+    kind: Kind
     accuracy: list[float]
     agreement: list[float]
     nll: list[float]

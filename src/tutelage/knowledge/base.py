@@ -116,7 +116,7 @@ class Loss(nn.Module):
 
     def _expand(self, student: nn.Module, teacher: nn.Module, tap: Tap) -> list[tuple[str, str]]:
         mine, theirs = (tap, tap) if isinstance(tap, str) else tap
-        found = []
+        found: list[list[str]] = []
         for side, model, address in (("student", student, mine), ("teacher", teacher, theirs)):
             if side == "teacher" and not self.needs_teacher:
                 found.append(found[0])

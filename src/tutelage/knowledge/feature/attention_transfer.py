@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tutelage.catalogue import method
@@ -28,7 +29,6 @@ def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
 
     Zagoruyko, Komodakis 2017, https://arxiv.org/abs/1612.03928
 
-    >>> import torch
     >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 3.0]], [[0.0, -1.0]]]]))
     tensor([[0.6690, 0.7433]])
     """
@@ -60,7 +60,6 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tens
 
     Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", https://arxiv.org/abs/1612.03928
 
-    >>> import torch
     >>> student, teacher = torch.randn(2, 8, 6, 4), torch.randn(2, 16, 3, 4)
     >>> attention_transfer(student, teacher) > 0, attention_transfer(student, 3 * student) < 1e-12
     (tensor(True), tensor(True))
@@ -108,7 +107,7 @@ class AttentionTransfer(Loss):
         self.p = p
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
-        return sum(attention_transfer(s, t, self.p) for s, t in self.tensors(student, teacher))
+        return torch.stack([attention_transfer(s, t, self.p) for s, t in self.tensors(student, teacher)]).sum()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"

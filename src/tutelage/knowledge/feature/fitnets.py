@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", https://arxiv.org/abs/1412.6550
 
-    >>> import torch
     >>> hint_loss(torch.zeros(2, 3, 4, 4), 2 * torch.ones(2, 3, 4, 4))
     tensor(4.)
     """
@@ -60,7 +60,6 @@ class FitNets(Loss):
 
     Memory: linear in the features. See :func:`hint_loss` for the formula.
 
-    >>> import torch
     >>> from tutelage import Distillation
     >>> student, teacher = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 3)) for n in (4, 16))
     >>> hint = FitNets("0")
@@ -90,4 +89,4 @@ class FitNets(Loss):
             if s.ndim == 4:
                 s, t = match_size(s, t)  # pooling and a 1×1 convolution commute; the smaller map is cheaper
             losses.append(hint_loss(regressor(s), t))
-        return sum(losses)
+        return torch.stack(losses).sum()

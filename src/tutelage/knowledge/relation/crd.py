@@ -292,7 +292,7 @@ class CRD(Loss):
                 here = self._remember(s.detach(), t.detach(), ids, labels, here)
                 self.log_mean.copy_(torch.where(self.log_mean.isnan(), here, self.log_mean))
         constants = torch.where(self.log_mean.isnan(), here, self.log_mean)
-        return sum(contrastive_nce(*part, constants[i], keep) for i, part in enumerate(parts))
+        return torch.stack([contrastive_nce(*part, constants[i], keep) for i, part in enumerate(parts)]).sum()
 
     def _draw(self, ids: Tensor, labels: Tensor) -> Tensor:
         rows = len(self.memory_student)

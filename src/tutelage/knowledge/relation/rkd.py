@@ -153,7 +153,7 @@ class RKD(Loss):
                 terms.append(self.distance * rkd_distance(s, t))
             if self.angle:
                 terms.append(self.angle * rkd_angle(s, t))
-        return sum(terms)
+        return torch.stack(terms).sum()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, distance={self.distance}, angle={self.angle}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tutelage.catalogue import method
@@ -30,7 +31,6 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Tung, Mori 2019, "Similarity-Preserving Knowledge Distillation", https://arxiv.org/abs/1907.09682
 
-    >>> import torch
     >>> similarity_preserving(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor(0.2929)
     """
@@ -69,4 +69,4 @@ class SimilarityPreserving(Loss):
         super().__init__(*taps, weight=weight, name=name)
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
-        return sum(similarity_preserving(s, t) for s, t in self.tensors(student, teacher))
+        return torch.stack([similarity_preserving(s, t) for s, t in self.tensors(student, teacher)]).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,6 @@ def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0, ma
 
     Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531
 
-    >>> import torch
     >>> kd_divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]]), temperature=1.0)
     tensor(0.4621)
     """
@@ -79,13 +79,16 @@ class KD(ResponseLoss):
         self.temperature = temperature
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
-        pairs = self.tensors(student, teacher)
-        return sum(kd_divergence(s, t, self.temperature, _tokens(s, batch.labels)) for s, t in pairs) / len(pairs)
+        terms = [
+            kd_divergence(s, t, self.temperature, _tokens(s, batch.labels)) for s, t in self.tensors(student, teacher)
+        ]
+        return torch.stack(terms).mean()
 
     def units(self, batch: Batch) -> Tensor | int:
         labels = batch.labels
-        tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
-        return labelled(labels) if tokens else len(batch)
+        if labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+            return labelled(labels)
+        return len(batch)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={self.temperature}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,6 @@ def logit_regression(student: Tensor, teacher: Tensor, centre: bool = False) -> 
 
     Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", https://arxiv.org/abs/1312.6184
 
-    >>> import torch
     >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 5.0]])
     >>> logit_regression(student, teacher), logit_regression(student, teacher, centre=True)
     (tensor(5.), tensor(1.))
@@ -74,7 +74,7 @@ class LogitRegression(ResponseLoss):
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         pairs = self.tensors(student, teacher)
-        return sum(logit_regression(s, t, self.centre) for s, t in pairs) / len(pairs)
+        return torch.stack([logit_regression(s, t, self.centre) for s, t in pairs]).mean()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, centre={self.centre}"

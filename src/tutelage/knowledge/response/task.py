@@ -73,12 +73,14 @@ class TaskLoss(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Record, teacher: Record | None, batch: Batch) -> Tensor:
+        assert batch.labels is not None, "binding has checked it"
         if self.criterion is not None:
             return self.criterion(student.logits, batch.labels)
         return task_cross_entropy(student.logits, batch.labels, self.label_smoothing)
 
     def check(self, student: Record, teacher: Record | None, batch: Batch) -> None:
         logits, labels = student.logits, batch.labels
+        assert labels is not None, "binding has checked it"
         if self.criterion is None and not labels.is_floating_point() and labels.numel():
             classes, highest = classes_last(logits).shape[1], int(labels.max())
             if highest >= classes:
