@@ -30,6 +30,8 @@ from tutelage.training import Training
 
 LABELS_PER_CLASS = 20
 BATCH = 64
+TEACHER_EPOCHS = 8
+STUDENT_EPOCHS = 12
 
 
 def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -> Report:
@@ -57,12 +59,12 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
     torch.manual_seed(0)
     teacher = SmallCNN(width=32, depth=1)
     taught = distill(
-        teacher, None, parts.teacher, parts.validation, test=parts.test, training=_settings(epochs=8, lr=0.004)
+        teacher, None, parts.teacher, parts.validation, test=parts.test, training=_settings(epochs=TEACHER_EPOCHS, lr=0.004)
     )
 
     students: list[Result] = []
     controls: list[Result] = []
-    steps = 12 * len(parts.student)
+    steps = STUDENT_EPOCHS * len(parts.student)
     for seed in range(seeds):
         say(f"2/4  seed {seed}: a student of the teacher, and the same student with {len(parts.few)} labels alone")
         torch.manual_seed(seed)
