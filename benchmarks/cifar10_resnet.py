@@ -2,8 +2,9 @@
 
     python benchmarks/cifar10_resnet.py --data FOLDER --teacher resnet56.pt
 
-Every run is a packaged recipe (``cifar10_resnet20``, ``cifar10_resnet8``) with ``control: true``. Weights are chosen on 1,000
-validation images; the 10,000 test images are looked at when training is over. An interrupted call goes on where it was.
+Every run is a packaged recipe (``cifar10_resnet20``, ``cifar10_resnet8``) with ``control: true``. Weights are chosen on
+1,000 validation images; the 10,000 test images are looked at when training is over. An interrupted call goes on where
+it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 from tutelage.comparison import mean_interval, paired_interval
 from tutelage.deploy.report import environment

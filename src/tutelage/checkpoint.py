@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tutelage.console import say
 from tutelage.files import replacing
+
+_FIXED = ("epochs", "steps", "optimizer", "lr", "weight_decay", "momentum", "scheduler", "accumulate", "seed")
 
 
 class RunFolder:
@@ -83,8 +86,12 @@ class RunFolder:
         write_weights(self.path / f"student-{name}.safetensors", state)
 
     def load_student(self, name: str) -> dict[str, Tensor] | None:
+        """The weights that :meth:`save_student` wrote, ``None`` if it did not."""
         file = self.path / f"student-{name}.safetensors"
-        return load_file(file) if file.exists() else None
+        try:
+            return load_file(file) if file.exists() else None
+        except SafetensorError as error:
+            raise ValueError(f"resume: {file} is damaged: {error}") from error
 
     def save(self, accelerator: Accelerator, step: int, own: dict[str, Any]) -> None:
         """Write a whole checkpoint, then forget the one before. All processes call it."""
@@ -135,8 +142,8 @@ class RunFolder:
         """Remove what a run writes and nothing else that lies there."""
         if not {"student", "losses"} <= set(_read(mark, "overwrite")):
             raise FileExistsError(f"out: {mark} is not of a run of ours; choose another folder")
-        for step in self.checkpoints():
-            shutil.rmtree(step)
+        for folder in (*self.checkpoints(), self.path / "tutelage"):  # the second is the trackers'
+            shutil.rmtree(folder, ignore_errors=True)
         for pattern in ("student-*.safetensors", "student.safetensors", "result.json", "history.json", "run.json"):
             for file in self.path.glob(pattern):
                 file.unlink()
@@ -148,7 +155,17 @@ class RunFolder:
                 raise ValueError(
                     f"resume: the run in {self.path} has {name} {there.get(name)!r}, this one {about.get(name)!r}"
                 )
-        changed = [k for k, v in about.get("training", {}).items() if there.get("training", {}).get(k) != v]
+        before, now = there.get("training", {}), about.get("training", {})
+        changed = [k for k, v in now.items() if before.get(k) != v]
+        # A constant learning rate does not depend on where the end is.
+        free = ["epochs", "steps"] if now.get("scheduler") == before.get("scheduler") == "constant" else []
+        if not {before.get("optimizer"), now.get("optimizer")} <= {"sgd", "adamw"}:
+            free.append("optimizer")  # a function's name does not say what it makes
+        for name in (n for n in changed if n in _FIXED and n not in free):
+            raise ValueError(
+                f"resume: {name} was {before.get(name)!r} and is {now[name]!r}; what is restored from the checkpoint "
+                "depends on it: go on with the old value, or start a run in another folder"
+            )
         if changed:
             say(f"resume: settings changed since the run began: {', '.join(changed)}")
 
@@ -156,26 +173,13 @@ class RunFolder:
 def _read(mark: Path, wish: str) -> dict[str, Any]:
     try:
         return dict(json.loads(mark.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{wish}: {mark} is damaged: {error}") from error
 
 
 def _unfinished(path: Path) -> bool:
     """Whether this is what a killed run was about to write."""
     return path.name.startswith(".") and ".part" in path.name
-
-
-def student_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """The plain student's state dict, on the processor, whatever wraps the distillation. All processes call it.
-
-    Several processes go on with the first one's buffers: DDP spreads them before a forward pass, not after the last.
-    """
-    prefix = "student."
-    if accelerator.num_processes > 1:
-        for buffer in accelerator.unwrap_model(model).student.buffers():
-            dist.broadcast(buffer, src=0)
-    whole = accelerator.get_state_dict(model)
-    return {k[len(prefix) :]: v.detach().cpu().clone() for k, v in whole.items() if k.startswith(prefix)}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -188,6 +192,25 @@ def write_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write a state dict as safetensors, whole or not at all."""
     with replacing(path) as beside:
         save_file(_unshared(state), beside, metadata={"format": "pt"})
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict that loads into the plain model: of a parametrised tensor (fake quantisation, weight norm) the value
+    that the model calculates with, under its plain name.
+
+    >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    >>> sorted(layer.state_dict()), sorted(plain_state(layer))[1:]
+    (['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1'], ['weight'])
+    """
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            prefix = f"{name}." if name else ""
+            for key in [k for k in state if k.startswith(f"{prefix}parametrizations.")]:
+                del state[key]
+            for tensor in module.parametrizations:  # type: ignore[union-attr]
+                state[f"{prefix}{tensor}"] = getattr(module, tensor).detach()
+    return state
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,13 +43,15 @@ def distill(
 
     Args:
         recipe: File, or name of a packaged recipe (`tutelage methods` lists them).
-        set: Changes to the recipe, such as training.epochs=3.
-        trust: Further packages that the recipe may import from.
-        out: The run's folder.
+        set: A change to the recipe, such as training.epochs=3 or losses[1].init_args.weight=0.5.
+        trust: Further package or module whose classes and functions the recipe may name, such as one of your own.
+        out: Folder of the run: weights, history, checkpoints and report.html.
         seed: Instead of the recipe's.
         resume: Go on with the run in the folder.
         overwrite: Replace the run in the folder.
     """
+    from pathlib import Path
+
     from tutelage.recipe import load
 
     changes = list(set or [])
@@ -57,20 +59,35 @@ def distill(
     changes += [f"seed={seed}"] if seed is not None else []
     changes += ["resume=true"] if resume else []
     changes += ["overwrite=true"] if overwrite else []
-    result = load(recipe, changes, trust or ())()
+    if trust:
+        sys.path.append(os.getcwd())  # where a module of one's own is, and where an installed command does not look
+    run = load(recipe, changes, trust or ())
+    result = run()
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes, the first one reports
     report = result.report()
+    folder = run.keywords.get("out")
     if report.rows:
         Console().print(report.table())
+        if folder:
+            report.html(Path(folder) / "report.html")
     if result.out:
-        page = report.html(result.out / "report.html") if report.rows else None
-        say(f"student: {result.out / 'student.safetensors'}" + (f"   page: {page}" if page else ""))
+        page = f"   page: {Path(folder) / 'report.html'}" if folder and report.rows else ""
+        say(f"student: {result.out / 'student.safetensors'}{page}")
 
 
-def inspect(model: str, input: str = "1,3,224,224", depth: int | None = None, json: bool = False) -> None:
+def inspect(
+    model: str,
+    arg: list[str] | None = None,
+    input: str = "1,3,224,224",
+    depth: int | None = None,
+    json: bool = False,
+) -> None:
     """List what can be tapped in a model: address, kind and shape of every tensor a loss may read.
 
     Args:
-        model: resnet20, timm:resnet18, torchvision:resnet18 or package.module:function.
+        model: resnet20, SmallCNN, timm:resnet18, torchvision:resnet18, transformers:FOLDER or package.module:function.
+        arg: An argument of the model, such as width=8; repeat it for several.
         input: Shape of an input, or of token ids where it has two numbers (2,16).
         depth: Show only addresses with at most so many parts.
         json: Print JSON.
@@ -78,7 +95,7 @@ def inspect(model: str, input: str = "1,3,224,224", depth: int | None = None, js
     from tutelage.taps import tappable
     from tutelage.views import Inputs
 
-    network = _create(model, None).eval()
+    network = _create(model, arg).eval()
     lines = tappable(network, Inputs((_example(input),)))
     lines = [line for line in lines if depth is None or line.address.count(".") < depth]
     if json:
@@ -92,15 +109,18 @@ def inspect(model: str, input: str = "1,3,224,224", depth: int | None = None, js
 
 
 def methods(section: str | None = None, json: bool = False) -> None:
-    """List every method with its survey section, role, paper and packaged recipe.
+    """List every method with its survey section, role, year and packaged recipe; with --json also its paper.
 
     Args:
-        section: Only those of a section, such as 2.3.
-        json: Print JSON.
+        section: Only those of a section, such as 2.3, or of a chapter, such as 2.
+        json: Print JSON: also paper, link, summary and default arguments.
     """
     from tutelage.catalogue import methods as catalogued
 
-    found = [m for m in catalogued() if section is None or m.section.startswith(section)]
+    found = [m for m in catalogued() if section is None or f"{m.section}.".startswith(f"{section}.")]
+    if not found:
+        sections = sorted({m.section for m in catalogued()})
+        raise ValueError(f"section={section!r}: no methods there; sections with methods: {', '.join(sections)}")
     if json:
         _print_json(
             [
@@ -119,14 +139,15 @@ def methods(section: str | None = None, json: bool = False) -> None:
             ]
         )
         return
-    table = Table("method", "section", "role", "paper", "recipe", title="Methods (sections of arXiv 2006.05525)")
+    table = Table("method", "section", "role", "year", "recipe", title="Methods (sections of arXiv 2006.05525)")
     for m in found:
-        table.add_row(m.name, m.section, m.role, f"{m.paper} ({m.year})", m.recipe.removesuffix(".yaml"))
+        table.add_row(m.name, m.section, m.role, str(m.year), m.recipe.removesuffix(".yaml"))
     Console().print(table)
 
 
 def measure(
     model: str,
+    arg: list[str] | None = None,
     input: str = "1,3,224,224",
     weights: str | None = None,
     runs: int = 100,
@@ -135,8 +156,10 @@ def measure(
     """Measure a model or an ONNX file: parameters, size, MACs, latency, memory.
 
     Args:
-        model: As for inspect, or a file that ends in .onnx.
-        input: Shape of an input.
+        model: resnet20, SmallCNN, timm:resnet18, torchvision:resnet18, transformers:FOLDER or package.module:function;
+            or a file that ends in .onnx.
+        arg: An argument of the model, such as width=8; repeat it for several.
+        input: Shape of an input, or of token ids where it has two numbers (2,16).
         weights: File of weights to load (safetensors or a plain state dict).
         runs: Forward passes to time.
         json: Print JSON.
@@ -148,22 +171,29 @@ def measure(
 
     example = _example(input)
     if model.endswith(".onnx"):
-        found = measure_onnx(model, example, runs=runs)
+        if weights or arg:
+            raise ValueError(f"{model}: an ONNX file has its weights and arguments; leave --weights and --arg out")
+        if not os.path.isfile(model):
+            raise FileNotFoundError(f"no file {model}")
+        try:
+            found = measure_onnx(model, example, runs=runs)
+        except Exception as error:  # onnxruntime's have no base of their own
+            raise ValueError(f"{model}: {error}") from error
     else:
-        found = measure_model(_create(model, weights), example, runs=runs)
+        found = measure_model(_create(model, arg, weights), example, runs=runs)
     if json:
         _print_json(asdict(found))
         return
     table = Table("figure", "value", title=model)
     for name, value in asdict(found).items():
-        shown = "not known" if value is None else f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
-        table.add_row(name, shown if not isinstance(value, str) else value)
+        table.add_row(name, _shown(value))
     Console().print(table)
 
 
 def export(
     model: str,
     file: str,
+    arg: list[str] | None = None,
     weights: str | None = None,
     input: str = "1,3,224,224",
     quantize: Literal["int8"] | None = None,
@@ -172,12 +202,13 @@ def export(
     """Write a model as an ONNX file whose outputs are checked against PyTorch.
 
     Args:
-        model: As for inspect.
+        model: resnet20, SmallCNN, timm:resnet18, torchvision:resnet18, transformers:FOLDER or package.module:function.
         file: Where to write, such as student.onnx.
-        weights: File of weights to load (safetensors or a plain state dict).
-        input: Shape of an input.
-        quantize: int8 quantises with calibration data.
-        calibration: For int8, a function of tutelage.data that gives loaders, such as fashion_loaders.
+        arg: An argument of the model, such as width=8; repeat it for several.
+        weights: File of weights to load (safetensors or a plain state dict), such as a run's student.safetensors.
+        input: Shape of an input, or of token ids where it has two numbers (2,16).
+        quantize: Weights and activations in 8 bits, with ranges from calibration data.
+        calibration: For int8, where the data come from: fashion_loaders, or another such function of tutelage.data.
     """
     from itertools import islice
 
@@ -188,24 +219,37 @@ def export(
 
     batches = None
     if calibration:
-        names = [n for n in data.__all__ if n.endswith("_loaders")]
+        names = ["cifar10_loaders", "cifar100_loaders", "fashion_loaders"]
         if calibration not in names:
             raise ValueError(
                 f"calibration={calibration!r}: expected one of {', '.join(names)}{nearest(calibration, names)}"
             )
         loaders = getattr(data, calibration)()
         batches = [read_batch(raw).student.args[0] for raw in islice(loaders.train, 4)]
-    done = export_onnx(_create(model, weights), _example(input), file, quantize=quantize, calibration=batches)
+    done = export_onnx(_create(model, arg, weights), _example(input), file, quantize=quantize, calibration=batches)
     say(
         f"{done.path}: {done.size_bytes / 1000:,.1f} kB, largest difference from PyTorch {done.max_abs_error:.2g}, "
         f"same first choice {done.agreement:.1%}"
     )
 
 
-def _create(model: str, weights: str | None) -> Any:
+def _create(model: str, arguments: list[str] | None, weights: str | None = None) -> Any:
+    import yaml
+
     from tutelage.models import create, load_weights
 
-    network = create(model)
+    given = {}
+    for argument in arguments or ():
+        name, mark, text = argument.partition("=")
+        if not mark or not name.isidentifier():
+            raise ValueError(f"arg={argument!r}: expected name=value, such as width=8")
+        try:
+            given[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            given[name] = text
+    if ":" in model:
+        sys.path.append(os.getcwd())  # for package.module:function, where an installed command does not look
+    network = create(model, **given)
     if weights:
         load_weights(network, weights)
     return network
@@ -217,10 +261,18 @@ def _example(text: str) -> Any:
     try:
         shape = [int(n) for n in text.replace("x", ",").split(",")]
     except ValueError:
-        raise ValueError(f"input={text!r}: expected whole numbers such as 1,3,224,224") from None
+        shape = []
+    if not shape or min(shape) < 1:
+        raise ValueError(f"input={text!r}: expected whole numbers, 1 or more, such as 1,3,224,224")
     if len(shape) == 2:
         return torch.ones(shape, dtype=torch.long)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _print_json(value: Any) -> None:
@@ -239,14 +291,15 @@ def parser() -> argparse.ArgumentParser:
 
     def command(function: Callable[..., None]) -> Callable[..., None]:
         described = docstring_parser.parse(inspect_module.getdoc(function) or "")
-        sub = commands.add_parser(
-            function.__name__, help=described.short_description, description=described.short_description
-        )
+        summary = described.short_description
+        summary = described.short_description
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
         sub.set_defaults(function=function)
         helps = {p.arg_name: p.description for p in described.params}
 
         def argument(flag: str, **options: Any) -> None:
-            sub.add_argument(flag, help=helps[flag.lstrip("-")], **options)
+            default = f" Default: {options['default']}." if "default" in options else ""
+            sub.add_argument(flag, help=f"{helps[flag.lstrip('-')]}{default}", **options)
 
         return argument
 
@@ -266,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command(inspect)
     add("model")
+    add("--arg", action="append", metavar="NAME=VALUE")
     add("--input", default="1,3,224,224", metavar="SHAPE")
     add("--depth", type=int, metavar="N")
     add("--json", action="store_true")
@@ -276,6 +330,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command(measure)
     add("model")
+    add("--arg", action="append", metavar="NAME=VALUE")
     add("--input", default="1,3,224,224", metavar="SHAPE")
     add("--weights", metavar="FILE")
     add("--runs", type=int, default=100, metavar="N")
@@ -284,6 +339,7 @@ def parser() -> argparse.ArgumentParser:
     add = command(export)
     add("model")
     add("file")
+    add("--arg", action="append", metavar="NAME=VALUE")
     add("--weights", metavar="FILE")
     add("--input", default="1,3,224,224", metavar="SHAPE")
     add("--quantize", choices=["int8"])
@@ -298,22 +354,26 @@ def _version() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; mistakes of the user become one line on standard error and exit status 2."""
+    """Entry point; mistakes of the user become one line on standard error and exit status 2.
+
+    With ``TUTELAGE_DEBUG=1`` in the environment they keep their traceback.
+    """
     given = vars(parser().parse_args(arguments))
     function = given.pop("function")
     try:
         function(**given)
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         say(str(stop) or "stopped")
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # which rich makes of it
         # the reader of our output went away (`| head`): not an error, and nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("TUTELAGE_DEBUG"):
             raise
-        say(f"tutelage: {error}")
+        say(f"tutelage: {' '.join(str(error).split())}")
         return 2
     return 0
 

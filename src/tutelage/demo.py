@@ -50,7 +50,9 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
         raise ValueError(f"seeds={seeds}: expected 2 or more, for an interval")
     out = Path(out)
     if (out / "report.html").exists() and not overwrite:
-        raise FileExistsError(f"out: {out} holds a demo already; give --overwrite true or another folder")
+        raise FileExistsError(
+            f"out: {out} holds a demo already; leave --keep out to replace it, or choose another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     parts = _share_out()
@@ -59,7 +61,12 @@ def run_demo(out: str | Path = "demo", seeds: int = 3, overwrite: bool = True) -
     torch.manual_seed(0)
     teacher = SmallCNN(width=32, depth=1)
     taught = distill(
-        teacher, None, parts.teacher, parts.validation, test=parts.test, training=_settings(epochs=TEACHER_EPOCHS, lr=0.004)
+        teacher,
+        None,
+        parts.teacher,
+        parts.validation,
+        test=parts.test,
+        training=_settings(epochs=TEACHER_EPOCHS, lr=0.004),
     )
 
     students: list[Result] = []
@@ -200,9 +207,7 @@ def _report(parts: _Parts, taught: Result, students: list[Result], controls: lis
     )
 
 
-def _row(
-    name: str, kind: Kind, results: list[Result], example: torch.Tensor
-) -> Row:
+def _row(name: str, kind: Kind, results: list[Result], example: torch.Tensor) -> Row:
     metrics = [r.metrics for r in results if r.metrics is not None]
     agreement = [m.agreement for m in metrics if m.agreement is not None]
     cost = measure(results[0].student, example)

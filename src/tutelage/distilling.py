@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tutelage.checkpoint import write_json, write_weights
+from tutelage.checkpoint import RunFolder, plain_state, write_json, write_weights
 from tutelage.distillation import Distillation
 from tutelage.engine import fit
-from tutelage.evaluation import Metrics, evaluate
+from tutelage.evaluation import Metrics, evaluate, evaluating
 from tutelage.knowledge.base import Loss
 from tutelage.knowledge.response.task import TaskLoss
 from tutelage.run import Run
@@ -43,6 +44,7 @@ class Result:
         control: the same student trained without a teacher, if asked for.
         example: the inputs of one sample, to measure and export with.
         out: the run's folder.
+        teacher_example: the same sample as the teacher sees it.
     """
 
     student: nn.Module
@@ -54,6 +56,7 @@ class Result:
     teacher_metrics: Metrics | None = None
     control: Result | None = None
     out: Path | None = None
+    teacher_example: Inputs | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -79,7 +82,8 @@ class Result:
             if model is None or metrics is None:
                 continue
             agreement = [metrics.agreement] if metrics.agreement is not None else []
-            example = self.example.args or self.example.kwargs
+            inputs = self.teacher_example if kind == "teacher" and self.teacher_example else self.example
+            example = inputs.args or inputs.kwargs
             measurement = measure(model, example)
             rows.append(pages.Row(name, kind, [metrics.accuracy], agreement, [metrics.nll], [metrics.ece], measurement))
         for name, result in (("student", self), ("student without a teacher", self.control)):
@@ -124,7 +128,8 @@ def distill(
         losses: what is transferred; by default 0.1 · task + 0.9 · KD.
         stages: instead of ``losses``, several trainings one after the other, each with losses of its own.
         views: what each of the two models sees.
-        control: train a copy of the student without the teacher as well, with the same settings and data.
+        control: train a copy of the student without the teacher as well, with the same settings and data, as long as
+            all stages together.
         training: the settings, or give them one by one as further arguments (``epochs=30, lr=0.1``).
         out: the run's folder.
         resume: go on with the run in ``out``.
@@ -151,9 +156,13 @@ def distill(
     role = as_teacher(teacher)
     alone = copy.deepcopy(student) if control else None
     where = Path(out) if out else None
-    plan = [
+    plan: list[tuple[Stage | None, str]] = [
         (stage, f"stage-{n + 1}" + (f"-{stage.name}" if stage.name else "")) for n, stage in enumerate(stages or [])
     ]
+    main = os.environ.get("RANK", "0") == "0"
+    if where and plan and main:
+        about = {**Distillation(student, role, losses, views).description(), "losses": [name for _, name in plan]}
+        RunFolder(where, about, resume, overwrite)
     runs = []
     for stage, name in plan or [(None, "")]:
         d = Distillation(student, role, stage.losses if stage else losses, views)
@@ -171,8 +180,8 @@ def distill(
             )
         )
     network = role.module if isinstance(role, Frozen) else None
-    result = Result(student, network, runs, _example(train, validation, views, next(student.parameters()).device))
-    result.out = where
+    mine, theirs = _example(student, network, validation if validation is not None else train, views)
+    result = Result(student, network, runs, mine, out=where, teacher_example=theirs)
     judge = test if test is not None else validation
     last = runs[-1]
     if judge is not None:
@@ -183,28 +192,50 @@ def distill(
     if judge is not None:
         same = last.best is None or last.best_epoch == len(last.history) - 1
         result.metrics = result.last_metrics if same else evaluate(student, judge, network, views=views)
-    if where:
-        write_weights(where / "student.safetensors", student.state_dict())
+    if where and main:
+        write_weights(where / "student.safetensors", plain_state(student))
         figures = {"best": result.metrics, "last": result.last_metrics, "teacher": result.teacher_metrics}
         write_json(where / "result.json", {k: m.known() for k, m in figures.items() if m is not None})
     if alone is not None:
-        settings_alone = {"test": test, "training": training, "resume": resume, "overwrite": overwrite}
-        out_alone = where / "control" if where else None
+        whole = dataclasses.replace(training, epochs=sum(s.epochs for s in stages), steps=None) if stages else training
         result.control = distill(
-            alone, None, train, validation, losses=[TaskLoss()], views=views, out=out_alone, **settings_alone
+            alone,
+            None,
+            train,
+            validation,
+            test=test,
+            losses=[TaskLoss()],
+            views=views,
+            training=whole,
+            out=where / "control" if where else None,
+            resume=resume,
+            overwrite=overwrite,
         )
         if network is not None and judge is not None:
             result.control.metrics = evaluate(alone, judge, network, views=views)
     return result
 
 
-def _example(train: Any, validation: Any, views: Any, device: torch.device) -> Inputs:
-    """The student's inputs of one sample, without touching the random numbers."""
+def _example(student: nn.Module, teacher: nn.Module | None, data: Any, views: Any) -> tuple[Inputs, Inputs | None]:
+    """What student and teacher are called with for one sample, without touching the random numbers."""
+    device = next(student.parameters()).device
+
+    def first(value: Any) -> Any:
+        return value[:1].to(device) if isinstance(value, torch.Tensor) else value
+
+    def taken(model: nn.Module, inputs: Inputs) -> Inputs:
+        caught: list[Inputs] = []  # of a batch's named fields a model takes those that it knows
+        handle = model.register_forward_pre_hook(lambda _, *given: caught.append(Inputs(*given)), with_kwargs=True)
+        try:
+            with evaluating(model):
+                Inputs(tuple(map(first, inputs.args)), {k: first(v) for k, v in inputs.kwargs.items()}).call(model)
+        finally:
+            handle.remove()
+        return caught[0]
+
     with torch.random.fork_rng():
-        raw = next(iter(validation if validation is not None else train))
-        inputs = (views or SameView())(raw).student
-    first: Callable[[Any], Any] = lambda v: v[:1].to(device) if isinstance(v, torch.Tensor) else v  # noqa: E731
-    return Inputs(tuple(first(a) for a in inputs.args), {k: first(v) for k, v in inputs.kwargs.items()})
+        batch = (views or SameView())(next(iter(data)))
+        return taken(student, batch.student), taken(teacher, batch.teacher) if teacher is not None else None
 
 
 def _teachers(views: Callable[[Any], Batch] | None) -> Callable[[Any], Batch] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tutelage.checkpoint import RunFolder, student_state, write_json
+from tutelage.checkpoint import RunFolder, write_json
 from tutelage.distillation import Distillation
 from tutelage.evaluation import evaluate
+from tutelage.processes import agreed, averaged, make_accelerator, shares_of, student_state, unsharded
 from tutelage.progress import Meter, tracking
-from tutelage.run import Epoch, Interrupted, Run, agreed, restore_random, seed_epoch, stop_signals
+from tutelage.run import Epoch, Interrupted, Run, restore_random, seed_epoch, stop_signals
 from tutelage.teachers import Frozen
 from tutelage.training import Training
 from tutelage.views import move
@@ -42,7 +39,8 @@ def fit(
     Args:
         distillation: the roles; bound here if it is not yet.
         train: the data role: any iterable of batches with a length (without one, give ``Training.steps``). If it has
-            ``attach(student, teacher)``, it is given the two networks first.
+            ``attach(student, teacher)``, it is given the two networks first. A ``DataLoader`` is shared out among
+            several processes; other iterables must give each process its part, all the same number of batches.
         validation: batches with labels, to choose the best weights by.
         training: the settings.
         out: the run's folder (:class:`tutelage.checkpoint.RunFolder`); ``None`` writes nothing.
@@ -53,15 +51,7 @@ def fit(
         NonFiniteLoss: a loss became NaN or infinite.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    handler = DistributedDataParallelKwargs()
-    AcceleratorState._reset_state()  # accelerate would refuse another precision than an earlier run's
-    accelerator = Accelerator(
-        mixed_precision=training.precision,
-        cpu=training.cpu or None,
-        log_with=training.trackers,
-        project_dir=str(out) if out else None,
-        kwargs_handlers=[handler],
-    )
+    accelerator = make_accelerator(training, out)
     about = {"training": training.description(), **distillation.description()}
     folder = RunFolder(out, about, resume, overwrite, accelerator) if out else None
     d = distillation.to(accelerator.device)
@@ -79,14 +69,11 @@ def fit(
     d.bind(move(first, accelerator.device), population=_length(getattr(train, "dataset", None)))
 
     optimizer = training.make_optimizer(p for p in d.parameters() if p.requires_grad)
-    per_epoch = _length(loader)
-    if training.steps is None and per_epoch is None:
-        raise ValueError("train has no length: give steps instead of epochs")
-    total = training.steps or training.epochs * math.ceil(per_epoch / training.accumulate)
+    total = training.total_steps(_length(loader))
     scheduler = training.make_scheduler(optimizer, total)
-    handler.find_unused_parameters = d.skips_parameters
+    accelerator.ddp_handler.find_unused_parameters = d.skips_parameters
     # Memories of losses are kept equal by their owners, and may be too large to broadcast at every step.
-    d._ddp_params_and_buffers_to_ignore = [f"losses.{name}" for name, _ in d.losses.named_buffers()]
+    d._ddp_params_and_buffers_to_ignore = [f"losses.{n}" for n, _ in d.losses.named_buffers()]  # type: ignore
     model, optimizer = accelerator.prepare(d.train(), optimizer)
 
     saved = folder.load(accelerator) if folder and resume else None
@@ -108,14 +95,15 @@ def fit(
             began = time.monotonic()
             seed_epoch(training.seed, run.epoch, loader)
             batches = iter(loader)
-            if run.batches:  # in the middle of an epoch: the same order, from where it stopped
+            if saved and run.batches:  # in the middle of an epoch: the same order, from where it stopped
                 run.batches = sum(1 for _ in islice(batches, run.batches))
                 restore_random(saved["random"])
             while run.step < total and (window := list(islice(batches, training.accumulate))):
                 d.progress = run.step / total
                 window = [move(raw, accelerator.device) for raw in window]
-                for raw, share in zip(window, _shares(d, window, accelerator), strict=True):
-                    last = raw is window[-1]
+                shares = shares_of(d, window, accelerator)
+                for number, (raw, share) in enumerate(zip(window, shares, strict=True), start=1):
+                    last = number == len(window)
                     with nullcontext() if last else accelerator.no_sync(model):
                         losses = model(raw, share)
                         accelerator.backward(losses.total)
@@ -130,15 +118,19 @@ def fit(
                 if look := run.step % training.log_every == 0:
                     accelerator.log({f"train/{k}": v for k, v in meter.look().items()}, step=run.step)
                 stop = agreed(asked, accelerator, look)
-                if stop or (training.checkpoint_every and run.step % training.checkpoint_every == 0):
+                due = training.checkpoint_every and run.step % training.checkpoint_every == 0
+                if (stop or due) and run.step < total:  # the last step is saved with its epoch, or it would have none
                     save(stop)
             if not run.batches:
                 raise ValueError("train: the loader gave no batch in this epoch")
-            line = Epoch(run.epoch, run.step, time.monotonic() - began, scheduler.get_last_lr()[0], meter.averages())
+            costs = averaged(meter.averages(), accelerator)
+            lr = float(scheduler.get_last_lr()[0])
+            line = Epoch(run.epoch, run.step, time.monotonic() - began, lr, costs)
             run.last, best = student_state(accelerator, model), False
             if validation is not None and (run.step >= total or (run.epoch + 1) % training.evaluate_every == 0):
                 compared = teacher if training.monitor in ("agreement", "teacher_kl") else None
-                metrics = evaluate(d.student, validation, compared, views=d.views).known()
+                with unsharded(model):
+                    metrics = evaluate(d.student, validation, compared, views=d.views).known()
                 if best := run.validated(line, metrics, training):
                     run.best = run.last
             run.history.append(line)
@@ -151,21 +143,8 @@ def fit(
             accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
             meter.line(str(line))
             save(agreed(asked, accelerator, look=True))
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the distillation
     return run
-
-
-def _shares(d: Distillation, window: list[Any], accelerator: Accelerator) -> list[dict[str, Tensor] | None]:
-    """Each batch's part of each term's units, over all the batches and processes of one step."""
-    if len(window) == 1 and accelerator.num_processes == 1:
-        return [None]
-    units = [d.units(raw) for raw in window]
-    names = list(units[0])
-    rows = [[torch.as_tensor(u[n], dtype=torch.float32, device=accelerator.device) for n in names] for u in units]
-    table = torch.stack([torch.stack(row) for row in rows])
-    total = accelerator.reduce(table.sum(0), reduction="sum").clamp(min=1)
-    # DDP takes the mean over the processes where the sum is meant
-    shares = table * accelerator.num_processes / total
-    return [dict(zip(names, row.unbind(), strict=True)) for row in shares]
 
 
 def _length(thing: Any) -> int | None:

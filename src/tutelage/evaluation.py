@@ -106,14 +106,16 @@ def evaluate(
     with evaluating(student, *([teacher] if teacher is not None else [])):
         for number, raw in enumerate(loader):
             seen += 1
-            if number % world != rank:
+            mine = number % world == rank
+            if not mine and collection is not None:
                 continue
             batch = views(move(raw, device))
             if batch.labels is None:
                 raise ValueError("evaluation needs labels, and the batches have none")
             logits = _rows(batch.student.call(student))
             labels = batch.labels.reshape(-1)
-            kept = labels != UNLABELLED
+            # every process must know the number of classes, but only one counts the first batch
+            kept = (labels != UNLABELLED) & mine
             logits, labels = logits[kept], labels[kept]
             samples += len(labels)
             if collection is None:

@@ -92,7 +92,9 @@ class Meter:
             return {}
         names = list(dict.fromkeys(n for p in self.pending for n in p.losses.values))
         nothing = self.pending[0].losses.total.new_zeros(())
-        rows = [torch.stack([p.losses.values.get(n, nothing).float() for n in names] or [nothing]) for p in self.pending]
+        rows = [
+            torch.stack([p.losses.values.get(n, nothing).float() for n in names] or [nothing]) for p in self.pending
+        ]
         table = torch.stack(rows).cpu().tolist()
         now: dict[str, list[float]] = {}
         for pending, values in zip(self.pending, table, strict=True):
@@ -131,7 +133,9 @@ class Meter:
             ids = f"{numbers[:16]}" + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
         blame = ""
         if pending.inputs_finite is not None:
-            blame = "; its inputs are finite" if pending.inputs_finite else "; its inputs contain NaN or infinite values"
+            blame = (
+                "; its inputs are finite" if pending.inputs_finite else "; its inputs contain NaN or infinite values"
+            )
         raise NonFiniteLoss(
             f"loss term {', '.join(bad) or 'total (a weight)'} is not finite: {terms}; sample ids of the batch: "
             f"{ids}{blame}. Nothing was saved since; the last checkpoint is whole"

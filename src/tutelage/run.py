@@ -7,11 +7,10 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -120,7 +119,8 @@ def seed_epoch(seed: int, epoch: int, loader: Iterable[Any]) -> None:
     np.random.seed(number)  # noqa: NPY002  (the legacy generator is what users' transforms draw from)
     torch.manual_seed(number)
     sampler = getattr(loader, "sampler", None)
-    for owner in (loader, sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
+    owners: tuple[Any, ...] = (loader, sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    for owner in owners:
         # accelerate hides the generator of a loader that it shared out under the second name
         for generator in (getattr(owner, "generator", None), getattr(owner, "synchronized_generator", None)):
             if isinstance(generator, torch.Generator):
@@ -131,7 +131,7 @@ def seed_epoch(seed: int, epoch: int, loader: Iterable[Any]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of every global generator, as plain values and tensors."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    kind, keys, *rest = cast(tuple, np.random.get_state())  # noqa: NPY002
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -178,19 +178,5 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def agreed(asked: list[int], accelerator: Accelerator, look: bool) -> bool:
-    """Whether to stop now.
-
-    A process alone stops when it is asked. Several must stop after the same step: they tell each other, but only at
-    a ``look`` because that waits for the device.
-    """
-    if accelerator.num_processes == 1:
-        return bool(asked)
-    if not look:
-        return False
-    mine = torch.tensor(float(len(asked)), device=accelerator.device)
-    return bool(accelerator.reduce(mine, reduction="sum") > 0)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

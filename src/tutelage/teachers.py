@@ -101,9 +101,11 @@ class Frozen(Teacher):
         self._dry = True
 
     def names(self, student: nn.Module) -> tuple[nn.Module, nn.Module]:
+        self._refuse_shared(student)
+        self.module.eval()  # where a loss chooses its own taps, the next thing is a forward pass
         return student, self.module
 
-    def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
+    def _refuse_shared(self, student: nn.Module) -> None:
         if self.module is student:
             raise ValueError(
                 "teacher: this is the student object itself, which would freeze it; give a copy "
@@ -112,6 +114,9 @@ class Frozen(Teacher):
         shared = {id(p) for p in self.module.parameters()} & {id(p) for p in student.parameters()}
         if shared:
             raise ValueError(f"teacher: shares {len(shared)} parameter tensors with the student; give it its own")
+
+    def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
+        self._refuse_shared(student)
         self.module.requires_grad_(False)
         self.module.eval()
         self.observer, self._dry = Observer(self.module, teacher_reads), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,8 +88,9 @@ class Training:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: expected a positive number")
+        for name, number in (("lr", self.lr), ("clip", self.clip)):
+            if number is not None and not number > 0:
+                raise ValueError(f"{name}={number}: expected a positive number")
         _known("optimizer", self.optimizer, ("sgd", "adamw"))
         _known("scheduler", self.scheduler, ("cosine", "step", "onecycle", "constant"))
         _known("precision", self.precision, ("no", "bf16", "fp16"))
@@ -105,7 +107,17 @@ class Training:
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether ``value`` of the monitored figure beats the best so far."""
-        return best is None or (value > best if self.monitor in HIGHER_IS_BETTER else value < best)
+        if best is None or best != best:  # anything is better than NaN
+            return True
+        return value > best if self.monitor in HIGHER_IS_BETTER else value < best
+
+    def total_steps(self, batches: int | None) -> int:
+        """Optimiser steps of the whole training, for an epoch of so many ``batches`` (``None``: not known)."""
+        if self.epochs is None:
+            return self.steps or 0
+        if batches is None:
+            raise ValueError("train has no length: give steps instead of epochs")
+        return self.epochs * math.ceil(batches / self.accumulate)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         parameters = list(parameters)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from tutelage.data import packed
@@ -49,7 +48,7 @@ def image_loaders(
     """Loaders of a set in memory, with crops and flips for training and a stratified validation part.
 
     Args:
-        images: the set.
+        images: the set, such as ``cifar10()``.
         batch_size: of training; evaluation uses 500.
         validation: images taken from the training set for validation.
         limit: use only so many training images (stratified), for short runs.
@@ -61,32 +60,29 @@ def image_loaders(
         channels_last: give batches in that memory format.
         seed: of the splits (not of the training).
 
+    Memory: one copy of the training images, a byte a value.
+
     >>> loaders = image_loaders(fashion_subset(), limit=500, labelled_per_class=5)
     >>> sum(int((labels >= 0).sum()) for _, labels, _ in loaders.train), len(loaders.validation.dataset)
     (50, 1000)
     """
-    labels = images.train.labels
-    held_out, rest = split(labels, (validation, len(labels) - validation), seed=seed)
+    count = len(images.train.labels)
+    if not 0 < validation < count:
+        raise ValueError(f"validation={validation}: expected 1 or more, and fewer than the {count} training images")
+    held_out, rest = split(images.train.labels, (validation, count - validation), seed=seed)
     if limit is not None and limit < len(rest):
-        rest = rest[split(labels[rest], (limit,), seed=seed)[0]]
+        rest = rest[split(images.train.labels[rest], (limit,), seed=seed)[0]]
+    # A copy, so that sample ids number the images that are trained on, from 0 up: memories of losses have that length
+    chosen = packed.Images(images.train.images[rest], images.train.labels[rest])
     if mean is None or std is None:
-        mean, std = packed.Images(images.train.images[rest], labels[rest]).statistics()
-    known = labels
-    if labelled_per_class is not None:
-        known = np.full_like(labels, -100)
-        known[rest] = unlabel(labels[rest], labelled_per_class, seed=seed)
+        measured = chosen.statistics()
+        mean, std = mean or measured[0], std or measured[1]
+    known = chosen.labels if labelled_per_class is None else unlabel(chosen.labels, labelled_per_class, seed=seed)
     shared: dict[str, Any] = {"mean": mean, "std": std, "channels_last": channels_last}
+    augment = CropFlip(crop, flip) if crop or flip else None
     return Loaders(
-        ArrayLoader(
-            images.train.images,
-            known,
-            batch_size=batch_size,
-            shuffle=True,
-            augment=CropFlip(crop, flip) if crop or flip else None,
-            indices=rest,
-            **shared,
-        ),
-        ArrayLoader(images.train.images, labels, batch_size=500, indices=held_out, **shared),
+        ArrayLoader(chosen.images, known, batch_size=batch_size, shuffle=True, augment=augment, **shared),
+        ArrayLoader(images.train.images, images.train.labels, batch_size=500, indices=held_out, **shared),
         ArrayLoader(images.test.images, images.test.labels, batch_size=500, **shared),
     )
 
@@ -153,15 +149,17 @@ def cifar100_loaders(
     batch_size: int = 128,
     validation: int = 1000,
     limit: int | None = None,
+    labelled_per_class: int | None = None,
     channels_last: bool = False,
     seed: int = 0,
 ) -> Loaders:
-    """CIFAR-100; arguments as :func:`cifar10_loaders`."""
+    """CIFAR-100, normalised by its own training part; arguments as :func:`cifar10_loaders`."""
     return image_loaders(
         packed.cifar100(root, download),
         batch_size=batch_size,
         validation=validation,
         limit=limit,
+        labelled_per_class=labelled_per_class,
         channels_last=channels_last,
         seed=seed,
     )
@@ -180,7 +178,7 @@ def dataset_loaders(
 
     Args:
         train: items (x, y) or dicts; sample ids are added.
-        validation: a data set, or the stratified part of ``train`` to hold out.
+        validation: a data set, or the stratified part of ``train`` to hold out (which is then augmented as ``train``).
         test: looked at once.
         batch_size: of training; evaluation uses twice as much.
         workers: processes of each ``DataLoader``.
@@ -193,11 +191,16 @@ def dataset_loaders(
     >>> len(loaders.train), len(next(iter(loaders.train)))
     (3, 3)
     """
-    if isinstance(validation, float):
-        validation, train = split(train, (validation, 1.0 - validation), seed=seed)
-    judged = {"batch_size": 2 * batch_size, "num_workers": workers}
+    if isinstance(validation, int | float):
+        held_out, train = split(train, (validation, 1.0 - validation), seed=seed)
+    else:
+        held_out = validation
+
+    def judged(part: Dataset) -> DataLoader:
+        return DataLoader(part, batch_size=2 * batch_size, num_workers=workers)
+
     return Loaders(
         DataLoader(Indexed(train), batch_size=batch_size, shuffle=True, num_workers=workers),
-        DataLoader(validation, **judged),
-        DataLoader(test, **judged) if test is not None else None,
+        judged(held_out),
+        judged(test) if test is not None else None,
     )

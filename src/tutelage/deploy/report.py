@@ -202,7 +202,7 @@ class Report:
         """
         table = Table(title=self.title, title_justify="left", caption=self.reading(), caption_justify="left")
         columns = self.columns()
-        names = [f"{r.name}\n{self.kind_of(r)}" for r in self.rows]
+        names = [r.name if r.name == (kind := self.kind_of(r)) else f"{r.name}\n{kind}" for r in self.rows]
         if len(self.rows) <= _SIDE_BY_SIDE:
             # A few models fit beside each other in 80 columns; a dozen figures do not.
             table.add_column("")
@@ -346,7 +346,7 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     for name in (
-        "tutelage", "torch", "accelerate", "safetensors", "numpy", "rich", "jsonargparse", "torchmetrics",
+        "tutelage", "torch", "accelerate", "safetensors", "numpy", "rich", "torchmetrics",
         "torchvision", "timm", "transformers", "datasets", "onnx", "onnxscript", "onnxruntime", "torchao",
     ):  # fmt: skip
         try:
