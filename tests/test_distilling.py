@@ -372,3 +372,18 @@ def test_the_final_weights_of_a_fake_quantised_student_load_into_the_plain_one(t
     student.eval()
     assert torch.equal(plain(data[0][0]), student(data[0][0]))
     assert all(len(row.unique()) <= 8 for row in plain[0].weight)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_int8_file_is_calibrated_with_the_validation_data(named, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    x, y = torch.randn(32, 8), torch.arange(32) % 3
+    data = [{"pixels": x, "label": y}] if named else [(x, y)]
+    student = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+    result = distill(student, nn.Linear(8, 3), data, data, epochs=1, progress=False)
+    written = result.export(tmp_path / "student.onnx", quantize="int8")
+    assert written.quantized
+    assert written.agreement > 0.8
+    report = result.report()
+    assert str(report).startswith(report.headline())

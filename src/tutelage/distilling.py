@@ -45,6 +45,7 @@ class Result:
         example: the inputs of one sample, to measure and export with.
         out: the run's folder.
         teacher_example: the same sample as the teacher sees it.
+        batch: the student's inputs of the batch that it comes from, to calibrate an int8 file with.
     """
 
     student: nn.Module
@@ -57,6 +58,7 @@ class Result:
     control: Result | None = None
     out: Path | None = None
     teacher_example: Inputs | None = None
+    batch: Inputs | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -66,7 +68,7 @@ class Result:
     def report(self, title: str = "Distillation") -> Report:
         """Teacher, student and (if it was trained) the student alone: accuracy, size, MACs, latency, agreement.
 
-        ``print(result.report().text())`` for the terminal, ``.html(path)`` for a page.
+        ``print(result.report())`` for the terminal, ``.html(path)`` for a page.
         """
         from tutelage.deploy import report as pages
         from tutelage.deploy.measure import measure
@@ -94,9 +96,14 @@ class Result:
         return pages.Report(title, rows, curves, environment=pages.environment())
 
     def export(self, path: str | Path, quantize: Literal["int8"] | None = None, **options: Any) -> Exported:
-        """Write the student as an ONNX file whose outputs were checked; see :func:`tutelage.deploy.export_onnx`."""
+        """Write the student as an ONNX file whose outputs were checked; see :func:`tutelage.deploy.export_onnx`.
+
+        Without ``calibration=`` an int8 file is calibrated with the first validation batch (or training batch).
+        """
         from tutelage.deploy.export import export_onnx
 
+        if quantize and self.batch is not None:
+            options.setdefault("calibration", [self.batch.args or self.batch.kwargs])
         return export_onnx(self.student, self.example.args or self.example.kwargs, path, quantize=quantize, **options)
 
 
@@ -180,8 +187,8 @@ def distill(
             )
         )
     network = role.module if isinstance(role, Frozen) else None
-    mine, theirs = _example(student, network, validation if validation is not None else train, views)
-    result = Result(student, network, runs, mine, out=where, teacher_example=theirs)
+    mine, theirs, several = _example(student, network, validation if validation is not None else train, views)
+    result = Result(student, network, runs, mine, out=where, teacher_example=theirs, batch=several)
     judge = test if test is not None else validation
     last = runs[-1]
     if judge is not None:
@@ -216,8 +223,11 @@ def distill(
     return result
 
 
-def _example(student: nn.Module, teacher: nn.Module | None, data: Any, views: Any) -> tuple[Inputs, Inputs | None]:
-    """What student and teacher are called with for one sample, without touching the random numbers."""
+def _example(
+    student: nn.Module, teacher: nn.Module | None, data: Any, views: Any
+) -> tuple[Inputs, Inputs | None, Inputs]:
+    """What student and teacher are called with for one sample, and the student for a batch, without touching the
+    random numbers."""
     device = next(student.parameters()).device
 
     def first(value: Any) -> Any:
@@ -235,7 +245,10 @@ def _example(student: nn.Module, teacher: nn.Module | None, data: Any, views: An
 
     with torch.random.fork_rng():
         batch = (views or SameView())(next(iter(data)))
-        return taken(student, batch.student), taken(teacher, batch.teacher) if teacher is not None else None
+        mine, theirs = taken(student, batch.student), taken(teacher, batch.teacher) if teacher is not None else None
+        # a single named input that the student does not know is given by position
+        args = batch.student.args or (tuple(batch.student.kwargs.values()) if mine.args else ())
+        return mine, theirs, Inputs(args, {k: batch.student.kwargs[k] for k in mine.kwargs})
 
 
 def _teachers(views: Callable[[Any], Batch] | None) -> Callable[[Any], Batch] | None:

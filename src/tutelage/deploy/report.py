@@ -218,6 +218,9 @@ class Report:
             table.add_row(escape(name), *(escape(cells[i] or "–") for _, cells in columns))
         return table
 
+    def __str__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """Headline, table and notes as plain text."""
         out = io.StringIO()
