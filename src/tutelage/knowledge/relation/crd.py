@@ -311,7 +311,7 @@ class CRD(Loss):
         """Write the batch (of all processes) into the memory; returns ``log_mean`` over all of it."""
         if _processes() > 1:
             s, t, numbers, log_mean = _gathered(s, t, torch.stack([ids, labels], dim=1), log_mean)
-            ids, labels = numbers.unbind(1)
+            ids, labels = (column.contiguous() for column in numbers.unbind(1))
         if self.memory == "bank":
             # Equal ids get equal rows, the first one's, or the order of writing would decide.
             ordered, order = ids.sort(stable=True)
