@@ -387,3 +387,10 @@ def test_an_int8_file_is_calibrated_with_the_validation_data(named, tmp_path):
     assert written.agreement > 0.8
     report = result.report()
     assert str(report).startswith(report.headline())
+
+
+def test_fsdp_is_refused_before_anything_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"under FSDP .*tutelage\.engine\.fit"):
+        distill(nn.Linear(8, 3), nn.Linear(8, 3), [], epochs=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

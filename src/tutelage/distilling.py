@@ -144,7 +144,7 @@ def distill(
         **settings: fields of :class:`tutelage.Training`.
 
     Raises:
-        ValueError: what binding refuses, or an empty loader.
+        ValueError: what binding refuses, an empty loader, or FSDP, under which :func:`tutelage.engine.fit` trains.
         FileExistsError: ``out`` holds a run.
 
     >>> import torch, tutelage as tl
@@ -155,6 +155,11 @@ def distill(
     """
     if losses is not None and stages is not None:
         raise ValueError("losses and stages: give one of them")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ValueError(
+            "distill: under FSDP the student stays in shards, which it cannot test and measure; train with "
+            "tutelage.engine.fit and load the whole student from student-best.safetensors in the run's folder"
+        )
     if training is not None and settings:
         raise ValueError(f"training and {', '.join(settings)}: give the settings in one place")
     if training is None and stages is not None:
