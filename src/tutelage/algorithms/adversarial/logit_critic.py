@@ -76,7 +76,9 @@ class LogitCritic(ResponseLoss):
     reaches the student and not the critic. In eval mode, or without gradients, nothing is updated.
 
     The student's side is −log P(teacher | z_s), the form of the generator's loss that does not saturate. Xu et al.
-    add an L1 distance of logits and the task's own loss; give those as terms of their own.
+    add an L1 distance of logits and the task's own loss; give those as terms of their own. This is the usual form of a
+    critic with an auxiliary classifier; the constants of its terms and the critic's layers were not checked against
+    the full text of their paper.
 
     Args:
         taps: which logits (one pair), by default the models' own.

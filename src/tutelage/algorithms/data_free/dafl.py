@@ -24,6 +24,8 @@ def dafl_generator_loss(
     L_a = −mean |features|: its features respond, as they do to real images.
     L_ie = Σ_k p̄_k log₁₀ p̄_k, p̄ the batch's mean prediction: every class appears equally often.
 
+    What is said of the authors' program here and below is from copies of it that circulate, not from the original.
+
     As in the authors' program L_a is a mean over the features (the paper sums them) and L_ie has the decimal logarithm
     and no 1/k: the weights belong to that.
 
