@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage import KD, Distillation, Loss, Losses, NoTeacher, Ramp, StopAt, TaskLoss, WarmUp
+from tutelage.beside import SideLearner
 from tutelage.connectors import projector
 from tutelage.functional import kd_divergence
 from tutelage.taps import UnknownTap
@@ -259,6 +260,105 @@ def test_a_hint_stage_runs_neither_model_past_its_tap(pair):
     assert called == [0, 0]
     assert pair[0][4].weight.grad is None
     assert pair[0][0].weight.grad is not None
+
+
+def test_a_model_read_at_its_input_alone_does_not_run(pair):
+    d = Distillation(*pair, [Hint((":input", "0"))]).bind(BATCH)
+    called = []
+    for i in (0, 1, 4):
+        pair[0][i].register_forward_hook(lambda *_, i=i: called.append(i))
+    d(BATCH).total.backward()
+    assert called == []
+    assert all(p.grad is not None for p in d.losses.parameters())
+
+
+class Slopes(Loss):
+    """Squared difference of the gradients of the logits' sums with respect to the inputs."""
+
+    needs_input_gradients = True
+
+    def forward(self, student, teacher, batch):
+        (mine,) = torch.autograd.grad(student.logits.sum(), batch.student.tensors(), create_graph=True)
+        (theirs,) = torch.autograd.grad(teacher.logits.sum(), batch.teacher.tensors())
+        return (mine - theirs).square().sum(1).mean()
+
+
+def test_a_loss_may_derive_both_models_with_respect_to_their_inputs():
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 3), nn.Linear(6, 3)
+    d = Distillation(student, teacher, [Slopes(), KD()]).bind(BATCH)
+    losses = d(BATCH)
+    losses.total.backward()
+    # a linear model's gradient is the sum of its weights' rows, whatever the input
+    slopes = [model.weight.detach().sum(0) for model in (student, teacher)]
+    torch.testing.assert_close(losses["Slopes"], (slopes[0] - slopes[1]).square().sum())
+    assert student.weight.grad is not None
+    assert teacher.weight.grad is None
+    assert not X.requires_grad
+    student.zero_grad()
+    Distillation(student, teacher, [Slopes()])(BATCH).total.backward()
+    torch.testing.assert_close(student.weight.grad, (2 * (slopes[0] - slopes[1])).expand(3, 6))
+
+
+def test_the_teacher_keeps_no_graph_unless_a_loss_asks_for_it(pair):
+    kept = []
+    pair[1].register_forward_hook(lambda m, x, y: kept.append(y.requires_grad))
+    Distillation(*pair, [KD()])(BATCH)
+    assert not any(kept)
+
+
+# stages
+
+
+class Counts(Loss):
+    """Owns a map that learns, a number that it remembers and a network with an optimiser of its own."""
+
+    def build(self, student, teacher, batch):
+        self.map = nn.Linear(3, self.size)
+        self.beside = SideLearner(nn.Linear(3, 1), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def __init__(self, size=2, **options):
+        super().__init__(**options)
+        self.size = size
+
+    def forward(self, student, teacher, batch):
+        if self.training:
+            self.calls += 1
+            self.beside.update(self.beside(student.logits.detach()).mean())
+        return self.map(student.logits).square().mean()
+
+
+def learned(loss):
+    return [*loss.map.parameters(), loss.calls, *loss.beside.module.parameters()]
+
+
+@pytest.mark.parametrize("same_object", [False, True])
+def test_a_term_goes_on_in_the_next_stage_with_what_it_learned(pair, same_object):
+    first = Counts()
+    before = Distillation(*pair, [first]).bind(BATCH)
+    optimizer = torch.optim.SGD(before.parameters(), lr=0.1)
+    for _ in range(3):
+        before(BATCH).total.backward()
+        optimizer.step()
+    left = copy.deepcopy(learned(first))
+    second = first if same_object else Counts()
+    after = Distillation(*pair, [second, TaskLoss()]).continue_from(before).bind(BATCH)
+    assert second.calls == 3
+    for was, now in zip(left, learned(second), strict=True):
+        assert torch.equal(was, now)
+    after(BATCH)
+    assert second.calls == 4
+
+
+def test_a_term_of_another_name_class_or_size_does_not_go_on(pair):
+    before = Distillation(*pair, [Counts()]).bind(BATCH)
+    before(BATCH)
+    for other in (Counts(name="other"), Hint("0", name="Counts")):
+        bound = Distillation(*pair, [other]).continue_from(before).bind(BATCH)
+        assert getattr(bound.terms[other.name], "calls", 0) == 0
+    with pytest.raises(ValueError, match=r"Counts cannot go on with what it learned in an earlier .*map\.weight"):
+        Distillation(*pair, [Counts(size=5)]).continue_from(before).bind(BATCH)
 
 
 def test_projectors_are_learned_with_the_student(pair):

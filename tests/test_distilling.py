@@ -268,6 +268,38 @@ def test_stages_resume_where_they_stopped(stage, tmp_path):
     assert without[0] == without[1]
 
 
+def test_a_hint_goes_on_in_the_next_stage_also_after_a_resume(tmp_path):
+    def stages():
+        hint = {"weight": 0.1, "name": "hint"}
+        return [
+            Stage([FitNets("early", **hint)], epochs=2),
+            Stage([TaskLoss(), FitNets("early", **hint)], epochs=2),
+        ]
+
+    options = {"validation": batches(), "out": tmp_path / "run", "checkpoint_every": 1}
+    whole = run(stages=stages(), validation=batches())
+    hints = [line.losses["hint"] for made in whole.runs for line in made.history]
+    assert hints[2] < hints[0]  # not learned anew
+    cut = {"left": 15}
+
+    def stop(*_):
+        cut["left"] -= 1
+        if cut["left"] < 0:
+            raise OSError("power cut")
+
+    def adam(parameters):
+        optimizer = torch.optim.AdamW(parameters)
+        optimizer.register_step_pre_hook(stop)
+        return optimizer
+
+    plain = run(stages=stages(), validation=batches(), optimizer=torch.optim.AdamW)
+    with pytest.raises(OSError, match="power cut"):
+        run(stages=stages(), optimizer=adam, **options)
+    cut["left"] = 100
+    resumed = run(Net(5, seed=4), stages=stages(), optimizer=adam, resume=True, **options)
+    same(resumed.student, plain.student)
+
+
 def test_the_folder_of_stages_is_guarded_like_any_other(tmp_path):
     (tmp_path / "thesis").mkdir()
     precious = tmp_path / "thesis" / "student.safetensors"

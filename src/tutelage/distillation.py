@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,7 @@ class Distillation(nn.Module):
             self.losses[next(name for name in names if name not in self.losses)] = loss
         self.views = views or SameView()
         self.progress = 0.0
+        self._learned: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         self.observer: Observer | None = None
 
     @property
@@ -110,6 +112,25 @@ class Distillation(nn.Module):
         if parameter is None:
             raise ValueError(f"student: {type(self.student).__name__} has no parameters, so it cannot learn")
         return parameter.device
+
+    def continue_from(self, earlier: Distillation) -> Distillation:
+        """Let every term go on with what the term of the same name and class learned in an earlier stage.
+
+        To be called before :meth:`bind`; returns itself. A term with other shapes than before is refused there.
+
+        >>> from tutelage import FitNets
+        >>> student, teacher, batch = nn.Linear(8, 3), nn.Linear(8, 5), torch.ones(2, 8)
+        >>> first = Distillation(student, teacher, losses=[FitNets(":input", weight=1)]).bind(batch)
+        >>> second = Distillation(student, teacher, losses=[FitNets(":input")]).continue_from(first).bind(batch)
+        >>> bool((second.losses["FitNets"].regressors[0].weight == first.losses["FitNets"].regressors[0].weight).all())
+        True
+        """
+        for name, loss in self.terms.items():
+            before = earlier.terms.get(name)
+            if type(before) is type(loss):
+                beside = {n: m.own_state() for n, m in before.named_modules() if isinstance(m, SideLearner)}
+                self._learned[name] = copy.deepcopy((dict(before.state_dict()), beside))
+        return self
 
     def bind(self, batch: Any, population: int | None = None) -> Distillation:
         """Look every address up, run both models once on ``batch``, build what losses own, and check everything.
@@ -130,6 +151,9 @@ class Distillation(nn.Module):
         with untouched(self.student, self.losses):
             batch = replace(self.views(batch), population=population)
             self._check_batch(batch)
+            if self._input_gradients:
+                batch = batch.with_gradients()
+                torch.set_grad_enabled(True)
             self.student.train()
             self.losses.eval()  # a loss in eval mode does not change what it remembers
             for loss in self.terms.values():
@@ -145,7 +169,7 @@ class Distillation(nn.Module):
                 for name, loss in self._applying(lesson.teacher):
                     if name not in built:
                         loss.build(lesson.student, teacher, batch)
-                        loss.to(self.device).eval()
+                        self._recall(name, loss.to(self.device).eval())
                         built.add(name)
                     loss.check(lesson.student, teacher, batch)
                     loss(lesson.student, teacher, batch)
@@ -174,6 +198,8 @@ class Distillation(nn.Module):
         """Each term on this batch, before its weight and with its graph, and the weights at this moment."""
         assert self.observer is not None, "bind first"
         batch = replace(self.views(batch), progress=self.progress)
+        if self._input_gradients:
+            batch = batch.with_gradients()
         lessons = self.teacher.lessons(batch, self.observer(batch.student))
         weights = {name: loss.weight_at(self.progress) for name, loss in self.terms.items()}
         values: dict[str, Tensor] = {}
@@ -209,6 +235,23 @@ class Distillation(nn.Module):
     def side_learners(self) -> dict[str, SideLearner]:
         """Everything inside the losses that learns with an optimiser of its own."""
         return {n: m for n, m in self.losses.named_modules() if isinstance(m, SideLearner)}
+
+    @property
+    def _input_gradients(self) -> bool:
+        return any(loss.needs_input_gradients for loss in self.terms.values())
+
+    def _recall(self, name: str, loss: Loss) -> None:
+        if name in self._learned:
+            state, beside = self._learned.pop(name)
+            try:
+                loss.load_state_dict(state)
+                for n, module in loss.named_modules():
+                    if isinstance(module, SideLearner):
+                        module.load_own_state(beside[n])
+            except (RuntimeError, KeyError) as error:
+                raise ValueError(
+                    f"{name} cannot go on with what it learned in an earlier stage: {' '.join(str(error).split())}"
+                ) from error
 
     def _applying(self, teacher: Record | None) -> Iterator[tuple[str, Loss]]:
         return ((n, loss) for n, loss in self.terms.items() if teacher is not None or not loss.needs_teacher)

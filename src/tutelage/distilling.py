@@ -195,7 +195,8 @@ def distill(
         validation: labelled batches to choose the best weights by.
         test: labelled batches that are looked at once, at the end; by default the validation data.
         losses: what is transferred; by default 0.1 · task + 0.9 · KD.
-        stages: instead of ``losses``, several trainings one after the other, each with losses of its own.
+        stages: instead of ``losses``, several trainings one after the other, each with losses of its own. A term that
+            the stage before had too (same name and class) goes on with what it learned there.
         views: what each of the two models sees.
         control: train a copy of the student without the teacher as well, with the same settings and data, as long as
             all stages together.
@@ -239,8 +240,12 @@ def distill(
         about = {**Distillation(student, role, losses, views).description(), "losses": [name for _, name in plan]}
         RunFolder(where, about, resume, overwrite)
     runs = []
+    earlier: Distillation | None = None
     for stage, name in plan or [(None, "")]:
         d = Distillation(student, role, stage.losses if stage else losses, views)
+        if earlier is not None:
+            d.continue_from(earlier)
+        earlier = d
         part = dataclasses.replace(training, epochs=stage.epochs, lr=stage.lr or training.lr) if stage else training
         final = stage is None or stage is plan[-1][0]
         runs.append(

@@ -203,6 +203,8 @@ class Observer:
                         if not given:
                             raise UnknownTap(f"{address.text!r}: the module {name!r} is called without inputs")
                         catch(address, given if address.items else given[0])
+                if partial and len(caught) == len(self.addresses):
+                    raise _Stop
 
             return hook
 

@@ -129,7 +129,8 @@ class Frozen(Teacher):
         if self.module.training or any(m.training for m in self.module.modules()):
             self.module.eval()  # somebody called .train() on it between two steps
         # no_grad and not inference_mode, whose tensors autograd refuses to save when a loss multiplies them
-        with torch.no_grad():
+        # (and with a graph only where a loss derives the teacher's outputs with respect to its inputs)
+        with torch.set_grad_enabled(batch.differentiable):
             run = self.observer.dry_run if self._dry else self.observer
             record = run(batch.teacher)
         self._dry = False

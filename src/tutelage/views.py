@@ -83,6 +83,7 @@ class Batch:
         ids: (B,) integers, the samples' numbers in the training set, for losses that remember samples.
         progress: the part of the training that is done, 0 to 1.
         population: how many samples the training set has, if that is known (only when binding).
+        differentiable: whether a loss derives outputs with respect to the inputs, which then require gradients.
     """
 
     student: Inputs
@@ -91,6 +92,20 @@ class Batch:
     ids: Tensor | None = None
     progress: float = 0.0
     population: int | None = None
+    differentiable: bool = False
+
+    def with_gradients(self) -> Batch:
+        """The same batch with inputs of its own that require gradients.
+
+        >>> batch = read_batch(torch.ones(2, 4)).with_gradients()
+        >>> batch.student.args[0].requires_grad, batch.student.args[0] is batch.teacher.args[0]
+        (True, False)
+        """
+
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().clone().requires_grad_()
+
+        return replace(self, student=self.student.map(leaf), teacher=self.teacher.map(leaf), differentiable=True)
 
     def __len__(self) -> int:
         """The number of samples."""

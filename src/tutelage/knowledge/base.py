@@ -33,6 +33,8 @@ class Loss(nn.Module):
         default_reads: what it reads without ``taps``.
         needs_teacher, needs_labels, needs_ids: what it cannot do without, checked when binding.
         needs_samples: the smallest batch that makes sense.
+        needs_input_gradients: whether it derives outputs with respect to ``batch.student`` and ``batch.teacher``: their
+            tensors then require gradients, and the teacher's forward pass keeps its graph.
     """
 
     default_reads: Reads = "logits"
@@ -40,6 +42,7 @@ class Loss(nn.Module):
     needs_labels = False
     needs_ids = False
     needs_samples = 1
+    needs_input_gradients = False
 
     def __init__(self, *taps: Tap, weight: Weight = 1.0, name: str | None = None):
         super().__init__()
@@ -68,7 +71,7 @@ class Loss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, batch)")
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
-        """Make projectors and memories from the real shapes of a first batch; called once, when binding."""
+        """Make projectors and memories anew from the real shapes of a first batch; called once, when binding."""
 
     def check(self, student: Record, teacher: Record, batch: Batch) -> None:
         """Refuse tensors that cannot be compared, with a ``ValueError``; called when binding."""

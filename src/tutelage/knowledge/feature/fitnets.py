@@ -76,6 +76,7 @@ class FitNets(Loss):
         self.regressors = nn.ModuleList()
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
+        self.regressors = nn.ModuleList()
         for s, t in self.tensors(student, teacher):
             if s.ndim == t.ndim == 3 and s.shape[1] != t.shape[1]:
                 raise ValueError(

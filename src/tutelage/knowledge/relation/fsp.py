@@ -139,7 +139,7 @@ class FSP(Loss):
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
         at_least_two(self.name, self.pairs)
-        self.projectors.extend(channel_projector(s, t) for s, t in self.tensors(student, teacher))
+        self.projectors = nn.ModuleList(channel_projector(s, t) for s, t in self.tensors(student, teacher))
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         both = self.tensors(student, teacher)

@@ -86,6 +86,7 @@ class ICKD(Loss):
         self.projectors = nn.ModuleList()
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
+        self.projectors = nn.ModuleList()
         for s, t in self.tensors(student, teacher):
             if s.ndim == t.ndim == 4 and s.shape[1] != t.shape[1]:
                 layers = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), nn.BatchNorm2d(t.shape[1])

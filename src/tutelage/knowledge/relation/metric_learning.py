@@ -125,7 +125,7 @@ class MetricLearning(Loss):
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
         if self.absolute:
             both = self.tensors(student, teacher)
-            self.projectors.extend(channel_projector(flat_rows(s), flat_rows(t)) for s, t in both)
+            self.projectors = nn.ModuleList(channel_projector(flat_rows(s), flat_rows(t)) for s, t in both)
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         prepare = unit_rows if self.normalize else torch.Tensor.contiguous

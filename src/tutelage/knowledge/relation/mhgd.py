@@ -180,7 +180,7 @@ class MHGD(Loss):
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
         at_least_two(self.name, self.pairs)
         both = self.tensors(student, teacher)
-        self.projectors.extend(channel_projector(s, t) for s, t in both)
+        self.projectors = nn.ModuleList(channel_projector(s, t) for s, t in both)
         vectors = [theirs for _, theirs in self._vectors(student, teacher)]
         heads = nn.ModuleList(GraphHeads(a.shape[1], b.shape[1], self.heads) for a, b in consecutive(vectors))
         self.graphs = SideLearner(heads.to(vectors[0]), self.optimizer)
