@@ -310,6 +310,30 @@ def test_the_teacher_keeps_no_graph_unless_a_loss_asks_for_it(pair):
 # stages
 
 
+class Prepared(Loss):
+    """Has a buffer before it is bound, and writes into it when it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+
+    def build(self, student, teacher, batch):
+        self.scale.fill_(2)
+
+    def forward(self, student, teacher, batch):
+        if self.training:
+            self.scale += 1
+        return self.scale * student.logits.square().mean()
+
+
+def test_what_a_loss_prepares_and_goes_on_with_outlasts_binding(pair):
+    before = Distillation(*pair, [Prepared()]).bind(BATCH)
+    assert before.terms["Prepared"].scale == 2
+    before(BATCH)
+    after = Distillation(*pair, [Prepared()]).continue_from(before).bind(BATCH)
+    assert after.terms["Prepared"].scale == 3
+
+
 class Counts(Loss):
     """Owns a map that learns, a number that it remembers and a network with an optimiser of its own."""
 

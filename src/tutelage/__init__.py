@@ -15,14 +15,36 @@ from tutelage.distillation import Distillation, Losses
 from tutelage.distilling import Result, distill
 from tutelage.evaluation import Metrics, evaluate
 from tutelage.knowledge.base import Loss, ResponseLoss
+from tutelage.knowledge.feature.activation_boundary import ActivationBoundary
 from tutelage.knowledge.feature.attention_transfer import AttentionTransfer
+from tutelage.knowledge.feature.cat_kd import CATKD
+from tutelage.knowledge.feature.channel_wise import ChannelWise
+from tutelage.knowledge.feature.exclusivity_consistency import ExclusivityConsistency
+from tutelage.knowledge.feature.factor_transfer import FactorTransfer
+from tutelage.knowledge.feature.feature_aggregation import FeatureAggregation
+from tutelage.knowledge.feature.feature_norm import FeatureNorm
 from tutelage.knowledge.feature.fitnets import FitNets
+from tutelage.knowledge.feature.information_flow import CriticalPeriod, InformationFlow
+from tutelage.knowledge.feature.internal_representation import InternalRepresentation
+from tutelage.knowledge.feature.jacobian import Jacobian
+from tutelage.knowledge.feature.mgd import MGD
+from tutelage.knowledge.feature.neuron_selectivity import NeuronSelectivity
+from tutelage.knowledge.feature.overhaul import Overhaul
+from tutelage.knowledge.feature.parameter_sharing import ParameterSharing, Rocket
 from tutelage.knowledge.feature.pkt import PKT
+from tutelage.knowledge.feature.review_kd import ReviewKD
+from tutelage.knowledge.feature.route_constrained import RouteConstrained
+from tutelage.knowledge.feature.sem_ckd import SemCKD
+from tutelage.knowledge.feature.sim_kd import ReusedClassifier, SimKD, reuse_classifier
+from tutelage.knowledge.feature.srrl import SRRL
+from tutelage.knowledge.feature.task_oriented import TaskOriented
+from tutelage.knowledge.feature.vid import VID
 from tutelage.knowledge.relation.correlation_congruence import CorrelationCongruence
 from tutelage.knowledge.relation.crd import CRD
 from tutelage.knowledge.relation.darkrank import DarkRank
 from tutelage.knowledge.relation.feature_embedding import FeatureEmbedding
 from tutelage.knowledge.relation.fsp import FSP
+from tutelage.knowledge.relation.holistic_kd import HolisticKD
 from tutelage.knowledge.relation.ickd import ICKD
 from tutelage.knowledge.relation.instance_graph import InstanceGraph
 from tutelage.knowledge.relation.logit_graph import LogitGraph
@@ -30,8 +52,10 @@ from tutelage.knowledge.relation.metric_learning import MetricLearning
 from tutelage.knowledge.relation.mhgd import MHGD
 from tutelage.knowledge.relation.rkd import RKD
 from tutelage.knowledge.relation.similarity_preserving import SimilarityPreserving
+from tutelage.knowledge.relation.sskd import SSKD, CopiedBatch, Rotations
 from tutelage.knowledge.relation.svd_transfer import SVDTransfer
 from tutelage.knowledge.response.conditional_kd import ConditionalKD
+from tutelage.knowledge.response.detection_loss import DetectionLoss
 from tutelage.knowledge.response.detection_response import DetectionResponse
 from tutelage.knowledge.response.dist import DIST
 from tutelage.knowledge.response.dkd import DKD
@@ -56,6 +80,7 @@ from tutelage.views import Altered, Batch, Paired, SameView
 
 __version__ = "0.1.0"
 __all__ = [
+    "CATKD",
     "CRD",
     "DAFL",
     "DIST",
@@ -63,36 +88,53 @@ __all__ = [
     "FSP",
     "ICKD",
     "KD",
+    "MGD",
     "MHGD",
     "NKD",
     "PKT",
     "RKD",
+    "SRRL",
+    "SSKD",
+    "VID",
     "WSLD",
     "ZSKT",
+    "ActivationBoundary",
     "Altered",
     "AttentionTransfer",
     "AveragedEnsemble",
     "Batch",
     "BeYourOwnTeacher",
+    "ChannelWise",
     "CleanToNoisy",
     "Cohort",
     "ConditionalKD",
     "Constant",
+    "CopiedBatch",
     "CorrelationCongruence",
     "Cosine",
+    "CriticalPeriod",
     "DarkRank",
     "DeepMutualLearning",
+    "DetectionLoss",
     "DetectionResponse",
     "Distillation",
+    "ExclusivityConsistency",
     "ExitHint",
     "Exits",
+    "FactorTransfer",
+    "FeatureAggregation",
     "FeatureEmbedding",
+    "FeatureNorm",
     "FitNets",
     "Frozen",
     "GeneralizedJSD",
     "Generator",
     "HeatmapResponse",
+    "HolisticKD",
+    "InformationFlow",
     "InstanceGraph",
+    "InternalRepresentation",
+    "Jacobian",
     "LabelSmoothing",
     "Lesson",
     "LogitCritic",
@@ -103,21 +145,32 @@ __all__ = [
     "Losses",
     "MetricLearning",
     "Metrics",
+    "NeuronSelectivity",
     "NoTeacher",
     "NoisyTeacher",
+    "Overhaul",
     "Paired",
+    "ParameterSharing",
     "RGBToGrey",
     "Ramp",
     "Record",
     "ResponseLoss",
     "Result",
+    "ReusedClassifier",
+    "ReviewKD",
+    "Rocket",
+    "Rotations",
+    "RouteConstrained",
     "SVDTransfer",
     "SameView",
+    "SemCKD",
     "SideLearner",
+    "SimKD",
     "SimilarityPreserving",
     "Stage",
     "StopAt",
     "TaskLoss",
+    "TaskOriented",
     "Teacher",
     "TeacherFreeReg",
     "Training",
@@ -130,5 +183,6 @@ __all__ = [
     "method",
     "methods",
     "quantized_distillation",
+    "reuse_classifier",
     "teacher_assistant",
 ]

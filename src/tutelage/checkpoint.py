@@ -4,6 +4,7 @@
 ``history.json``                  losses and metrics of each epoch
 ``student-best.safetensors``      the plain student, best on validation
 ``student-last.safetensors``      the plain student, latest
+``student-epoch-0004.safetensors``  the plain student after four epochs, if ``Training.keep_every`` wants it
 ``checkpoints/step-00000120/``    everything needed to go on exactly
 """
 
@@ -83,11 +84,20 @@ class RunFolder:
 
     def save_student(self, name: str, state: dict[str, Tensor]) -> None:
         """Write the plain student's weights."""
-        write_weights(self.path / f"student-{name}.safetensors", state)
+        write_weights(self.student_file(name), state)
+
+    def student_file(self, name: str) -> Path:
+        """Where :meth:`save_student` writes."""
+        return self.path / f"student-{name}.safetensors"
+
+    def kept(self) -> dict[int, Path]:
+        """The files of the weights that stay, by the number of epochs before them."""
+        found = sorted(self.path.glob("student-epoch-*.safetensors"))
+        return {int(file.stem.rpartition("-")[2]): file for file in found}
 
     def load_student(self, name: str) -> dict[str, Tensor] | None:
         """The weights that :meth:`save_student` wrote, ``None`` if it did not."""
-        file = self.path / f"student-{name}.safetensors"
+        file = self.student_file(name)
         try:
             return load_file(file) if file.exists() else None
         except SafetensorError as error:

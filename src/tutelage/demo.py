@@ -23,6 +23,7 @@ from tutelage.deploy import export_onnx, measure
 from tutelage.deploy.analysis import analyse
 from tutelage.deploy.report import Curve, Kind, Report, Row, environment
 from tutelage.distilling import Result, distill
+from tutelage.evaluation import Metrics
 from tutelage.files import replacing
 from tutelage.knowledge.response.kd import KD
 from tutelage.knowledge.response.task import TaskLoss
@@ -213,7 +214,7 @@ def _report(parts: _Parts, taught: Result, students: list[Result], controls: lis
 
 
 def _row(name: str, kind: Kind, results: list[Result], example: torch.Tensor) -> Row:
-    metrics = [r.metrics for r in results if r.metrics is not None]
+    metrics = [r.metrics for r in results if isinstance(r.metrics, Metrics)]
     agreement = [m.agreement for m in metrics if m.agreement is not None]
     cost = measure(results[0].student, example)
     steps = [r.step_ms for r in results if r.step_ms is not None]
@@ -226,7 +227,7 @@ def _row(name: str, kind: Kind, results: list[Result], example: torch.Tensor) ->
         [m.ece for m in metrics],
         cost,
         validation=[r.validation_accuracy for r in results if r.validation_accuracy is not None],
-        last_accuracy=[r.last_metrics.accuracy for r in results if r.last_metrics is not None],
+        last_accuracy=[r.last_metrics.value for r in results if r.last_metrics is not None],
         step_ms=statistics.median(steps) if steps else None,
     )
 

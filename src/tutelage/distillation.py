@@ -148,34 +148,36 @@ class Distillation(nn.Module):
         if self.observer is not None:
             return self
         names = self.teacher.names(self.student)
-        with untouched(self.student, self.losses):
-            batch = replace(self.views(batch), population=population)
-            self._check_batch(batch)
-            if self._input_gradients:
-                batch = batch.with_gradients()
-                torch.set_grad_enabled(True)
-            self.student.train()
-            self.losses.eval()  # a loss in eval mode does not change what it remembers
-            for loss in self.terms.values():
-                if loss.resolve(*names, batch):
-                    where = ", ".join(f"student {s!r} ← teacher {t!r}" for s, t in loss.pairs)
-                    say(f"{loss.name} reads {where}")
-            reads_s = [s for loss in self.terms.values() for s, _ in loss.pairs]
-            reads_t = [t for loss in self.terms.values() if loss.needs_teacher for _, t in loss.pairs]
-            observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))
-            built: set[str] = set()
-            for lesson in self.teacher.lessons(batch, observer.dry_run(batch.student)):
-                teacher = cast(Record, lesson.teacher)  # None only for losses that say they need no teacher
-                for name, loss in self._applying(lesson.teacher):
-                    if name not in built:
-                        loss.build(lesson.student, teacher, batch)
-                        self._recall(name, loss.to(self.device).eval())
-                        built.add(name)
-                    loss.check(lesson.student, teacher, batch)
-                    loss(lesson.student, teacher, batch)
-            if idle := sorted(set(self.losses) - built):
-                raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
-        self.losses.train(self.training)
+        try:
+            with untouched(self.student):
+                batch = replace(self.views(batch), population=population)
+                self._check_batch(batch)
+                if self._input_gradients:
+                    batch = batch.with_gradients()
+                    torch.set_grad_enabled(True)
+                self.student.train()
+                self.losses.eval()  # a loss in eval mode does not change what it remembers
+                for loss in self.terms.values():
+                    if loss.resolve(*names, batch):
+                        where = ", ".join(f"student {s!r} ← teacher {t!r}" for s, t in loss.pairs)
+                        say(f"{loss.name} reads {where}")
+                reads_s = [s for loss in self.terms.values() for s, _ in loss.pairs]
+                reads_t = [t for loss in self.terms.values() if loss.needs_teacher for _, t in loss.pairs]
+                observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))
+                built: set[str] = set()
+                for lesson in self.teacher.lessons(batch, observer.dry_run(batch.student)):
+                    teacher = cast(Record, lesson.teacher)  # None only for losses that say they need no teacher
+                    for name, loss in self._applying(lesson.teacher):
+                        if name not in built:
+                            loss.build(lesson.student, teacher, batch)
+                            self._recall(name, loss.to(self.device).eval())
+                            built.add(name)
+                        loss.check(lesson.student, teacher, batch)
+                        loss(lesson.student, teacher, batch)
+                if idle := sorted(set(self.losses) - built):
+                    raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
+        finally:
+            self.losses.train(self.training)
         self.observer = observer
         return self
 
@@ -199,7 +201,15 @@ class Distillation(nn.Module):
         assert self.observer is not None, "bind first"
         batch = replace(self.views(batch), progress=self.progress)
         if self._input_gradients:
-            batch = batch.with_gradients()
+            # such losses need the graph for their value already, also where nobody learns from it
+            learning, batch = torch.is_grad_enabled(), batch.with_gradients()
+            with torch.enable_grad():
+                values, weights = self._terms(batch)
+            return (values if learning else {n: v.detach() for n, v in values.items()}), weights
+        return self._terms(batch)
+
+    def _terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        assert self.observer is not None
         lessons = self.teacher.lessons(batch, self.observer(batch.student))
         weights = {name: loss.weight_at(self.progress) for name, loss in self.terms.items()}
         values: dict[str, Tensor] = {}
@@ -228,9 +238,10 @@ class Distillation(nn.Module):
 
     @property
     def skips_parameters(self) -> bool:
-        """Whether a step may leave parameters without gradient (a partial forward pass, a weight that falls to 0)."""
-        partial = self.observer is not None and self.observer.partial
-        return partial or any(callable(loss.weight) for loss in self.terms.values())
+        """Whether a step may leave parameters without gradient (nobody reads the logits, a weight that falls to 0)."""
+        logits = any(mine == "@logits" for loss in self.terms.values() for mine, _ in loss.pairs)
+        changing = any(callable(loss.weight) for loss in self.terms.values())
+        return not logits or changing or self._input_gradients  # a gradient by the inputs knows no last bias
 
     def side_learners(self) -> dict[str, SideLearner]:
         """Everything inside the losses that learns with an optimiser of its own."""

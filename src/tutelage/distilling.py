@@ -22,7 +22,8 @@ from tutelage.knowledge.base import Loss
 from tutelage.knowledge.response.task import TaskLoss
 from tutelage.run import Epoch, Run
 from tutelage.schedule import Stage
-from tutelage.teachers import Frozen, Teacher, as_teacher
+from tutelage.tasks import Figures, task_of
+from tutelage.teachers import Frozen, NoTeacher, Teacher, as_teacher
 from tutelage.training import Training
 from tutelage.views import Batch, Inputs, SameView
 
@@ -39,7 +40,8 @@ class Result:
         student: with its best weights on validation, or its last without validation.
         teacher: the network that taught, if there was one.
         runs: one for each stage.
-        metrics: of ``student`` on the test data (or the validation data, if there was no test data).
+        metrics: of ``student`` on the test data (or the validation data, if there was no test data):
+            :class:`tutelage.Metrics`, or what the data's own task gives.
         last_metrics: the same of the last weights.
         teacher_metrics: the same of the teacher.
         control: the same student trained without a teacher, if asked for.
@@ -54,9 +56,9 @@ class Result:
     teacher: nn.Module | None
     runs: list[Run]
     example: Inputs
-    metrics: Metrics | None = None
-    last_metrics: Metrics | None = None
-    teacher_metrics: Metrics | None = None
+    metrics: Figures | None = None
+    last_metrics: Figures | None = None
+    teacher_metrics: Figures | None = None
     control: Result | None = None
     out: Path | None = None
     teacher_example: Inputs | None = None
@@ -94,7 +96,7 @@ class Result:
         from tutelage.deploy.measure import measure
 
         rows, curves = [], []
-        kinds: list[tuple[str, pages.Kind, nn.Module | None, Metrics | None, Result | None]] = [
+        kinds: list[tuple[str, pages.Kind, nn.Module | None, Figures | None, Result | None]] = [
             ("teacher", "teacher", self.teacher, self.teacher_metrics, None),
             ("student", "student", self.student, self.metrics, self),
         ]
@@ -108,21 +110,21 @@ class Result:
             agreement = [metrics.agreement] if metrics.agreement is not None else []
             inputs = self.teacher_example if kind == "teacher" and self.teacher_example else self.example
             example = inputs.args or inputs.kwargs
-            row = pages.Row(
-                name, kind, [metrics.accuracy], agreement, [metrics.nll], [metrics.ece], measure(model, example)
-            )
+            nll, ece = ([metrics.nll], [metrics.ece]) if isinstance(metrics, Metrics) else ([], [])
+            row = pages.Row(name, kind, [metrics.value], agreement, nll, ece, measure(model, example))
             if trained is not None:
                 last, best = trained.last_metrics, trained.validation_accuracy
                 row = dataclasses.replace(
                     row,
-                    last_accuracy=[last.accuracy] if last is not None else [],
+                    last_accuracy=[last.value] if last is not None else [],
                     validation=[best] if best is not None else [],
                     step_ms=trained.step_ms,
                 )
             rows.append(row)
+        main = self.metrics.main if self.metrics is not None else Metrics.main
         for name, result in (("student", self), ("student without a teacher", self.control)):
             lines = result.history if result else []
-            points = [(h["epoch"] + 1.0, h["metrics"]["accuracy"]) for h in lines if "accuracy" in h["metrics"]]
+            points = [(h["epoch"] + 1.0, h["metrics"][main]) for h in lines if main in h["metrics"]]
             if points:
                 curves.append(pages.Curve(name, points))
         return pages.Report(
@@ -132,17 +134,18 @@ class Result:
             environment=pages.environment(),
             history=self.history,
             analysis=None
-            if data is None
+            if data is None or task_of(data) is not None  # it is about choices between classes
             else analyse(self.student, self.teacher, data, views=self.views, classes=classes),
             recipe=recipe,
             command=command,
+            figure=self.metrics.title if self.metrics is not None else Metrics.title,
         )
 
     @property
     def validation_accuracy(self) -> float | None:
-        """Of the weights that were kept; None without validation."""
-        run = self.runs[-1]
-        return None if run.best_epoch is None else run.history[run.best_epoch].metrics.get("accuracy")
+        """Of the weights that were kept (or the main figure of another task); None without validation."""
+        run, main = self.runs[-1], self.metrics.main if self.metrics is not None else Metrics.main
+        return None if run.best_epoch is None else run.history[run.best_epoch].metrics.get(main)
 
     @property
     def step_ms(self) -> float | None:
@@ -194,7 +197,7 @@ def distill(
         train: batches (see :func:`tutelage.views.read_batch`).
         validation: labelled batches to choose the best weights by.
         test: labelled batches that are looked at once, at the end; by default the validation data.
-        losses: what is transferred; by default 0.1 · task + 0.9 · KD.
+        losses: what is transferred; by default 0.1 · task + 0.9 · KD, or without a teacher the loss of the data's task.
         stages: instead of ``losses``, several trainings one after the other, each with losses of its own. A term that
             the stage before had too (same name and class) goes on with what it learned there.
         views: what each of the two models sees.
@@ -230,6 +233,11 @@ def distill(
         settings.setdefault("epochs", sum(stage.epochs for stage in stages))
     training = training or Training.of(**settings)
     role = as_teacher(teacher)
+    task = task_of(train)
+    if task is not None and losses is None and stages is None:
+        if not isinstance(role, NoTeacher):
+            raise ValueError(f"losses: the data are for {task.name}, which has no default with a teacher: name them")
+        losses = [task.loss()]
     alone = copy.deepcopy(student) if control else None
     where = Path(out) if out else None
     plan: list[tuple[Stage | None, str]] = [
@@ -288,7 +296,7 @@ def distill(
             train,
             validation,
             test=test,
-            losses=[TaskLoss()],
+            losses=[task.loss() if task is not None else TaskLoss()],
             views=views,
             training=whole,
             out=where / "control" if where else None,

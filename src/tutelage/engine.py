@@ -83,6 +83,7 @@ def fit(
     run = Run.restored(saved, d, train, scheduler) if saved else Run()
     if saved and folder:
         run.best, run.last = folder.load_student("best"), folder.load_student("last") or {}
+        run.kept |= folder.kept()
     meter = Meter(total, training.progress and accelerator.is_main_process, run.step, run.sums)
 
     def save(stop: bool) -> None:
@@ -141,10 +142,13 @@ def fit(
                     run.best = run.last
             run.history.append(line)
             run.epoch, run.batches = run.epoch + 1, 0
+            names = ["last", *(["best"] if best else [])]
+            if training.keep_every and run.epoch % training.keep_every == 0:
+                names.append(f"epoch-{run.epoch:04d}")
+                run.kept[run.epoch] = folder.student_file(names[-1]) if folder else run.last
             if folder and accelerator.is_main_process:
-                folder.save_student("last", run.last)
-                if best:
-                    folder.save_student("best", run.last)
+                for name in names:
+                    folder.save_student(name, run.last)
                 write_json(folder.path / "history.json", [asdict(line) for line in run.history])
             accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
             meter.line(str(line))

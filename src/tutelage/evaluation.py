@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,13 @@ from torch import nn
 
 from tutelage.knowledge.base import classes_last
 from tutelage.record import in_float32, logits_of
-from tutelage.views import UNLABELLED, SameView, move
+from tutelage.tasks import Figures, Task, task_of
+from tutelage.views import UNLABELLED, Batch, SameView, move
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found; fractions are between 0 and 1.
+class Metrics(Figures):
+    """What an evaluation of a classifier found; fractions are between 0 and 1.
 
     Args:
         accuracy: top-1.
@@ -32,6 +33,8 @@ class Metrics:
         teacher_kl: mean KL(teacher ‖ student) at temperature 1, in nats.
     """
 
+    main: ClassVar[str] = "accuracy"
+    title: ClassVar[str] = "accuracy"
     accuracy: float
     macro_f1: float
     nll: float
@@ -40,10 +43,6 @@ class Metrics:
     top5: float | None = None
     agreement: float | None = None
     teacher_kl: float | None = None
-
-    def known(self) -> dict[str, float]:
-        """The figures that there are, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @contextmanager
@@ -75,14 +74,17 @@ def evaluate(
     *,
     views: Any = None,
     device: torch.device | str | None = None,
-) -> Metrics:
+) -> Figures:
     """Accuracy, macro F1, NLL and calibration of a classifier, and its agreement with a teacher.
+
+    If the loader's data set carries another :class:`tutelage.tasks.Task`, that task's figures instead.
 
     No mode and no buffer of either model changes. With several processes each computes every n-th batch and all
     return the figures of the whole set.
 
     Args:
-        student: returns logits (B, C), (B, T, C) or (B, C, H, W), alone or as ``output.logits``.
+        student: returns logits (B, C), (B, T, C) or (B, C, H, W), alone or as ``output.logits``; or what the
+            task reads.
         loader: batches with labels; positions labelled -100 do not count.
         teacher: if given, compared with.
         views: as in training, for models that see different things.
@@ -105,7 +107,7 @@ def evaluate_together(
     *,
     views: Any = None,
     device: torch.device | str | None = None,
-) -> dict[str, Metrics]:
+) -> dict[str, Figures]:
     """Several students in one pass over the data, in which the teacher runs once for all of them.
 
     Returns:
@@ -128,6 +130,10 @@ def evaluate_together(
     world, rank = _world()
     if getattr(loader, "world_size", 1) > 1:
         world, rank = 1, 0  # the loader itself gives each process its share
+    if (task := task_of(loader)) is not None:
+        with evaluating(*models.values()):
+            batches = (move(raw, device) for number, raw in enumerate(loader) if number % world == rank)
+            return _judged(task, models, teacher, map(views, batches))
     collections: dict[str, dict[str, Any]] = {}
     samples = torch.zeros((), dtype=torch.long, device=device)
     seen = 0
@@ -165,6 +171,26 @@ def evaluate_together(
         name: Metrics(samples=int(samples), **{n: float(metric.compute()) for n, metric in collection.items()})
         for name, collection in collections.items()
     }
+
+
+def _judged(
+    task: Task, models: Mapping[str, nn.Module], teacher: nn.Module | None, batches: Iterable[Batch]
+) -> dict[str, Figures]:
+    looks: dict[str, list[Any]] = {name: [] for name in models}
+    for batch in batches:
+        if batch.labels is None:
+            raise ValueError("evaluation needs labels, and the batches have none")
+        for name, model in models.items():
+            seen = batch.teacher if model is teacher else batch.student
+            looks[name].append(task.look(seen.call(model), batch))
+    if dist.is_available() and dist.is_initialized():
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, looks)
+        looks = {name: [look for part in parts for look in part[name]] for name in models}
+    if not any(looks.values()):
+        raise ValueError("evaluation: the loader is empty")
+    theirs = looks.get("teacher")
+    return {name: task.figures(seen, theirs if name != "teacher" else None) for name, seen in looks.items()}
 
 
 def _update(

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import importlib.resources
+import math
 import random
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -28,10 +29,11 @@ from tutelage.data.loaders import Loaders
 from tutelage.distilling import Result, distill
 from tutelage.errors import nearest
 from tutelage.knowledge.base import Loss
+from tutelage.knowledge.feature.route_constrained import RouteConstrained
 from tutelage.models import load_weights
 from tutelage.run import Epoch
 from tutelage.schedule import Stage
-from tutelage.teachers import Teacher
+from tutelage.teachers import Frozen, Teacher
 from tutelage.training import Training
 from tutelage.views import Batch
 
@@ -56,6 +58,7 @@ def distil_recipe(
     views: Callable[[Any], Batch] | None = None,
     source: Source | None = None,
     assistants: list[nn.Module] | None = None,
+    assistant_losses: list[Loss] | None = None,
     training: Training | None = None,
     teacher_training: Training | None = None,
     student_weights: str | None = None,
@@ -78,8 +81,10 @@ def distil_recipe(
         views: what each of the two models sees of a batch.
         source: makes the training batches instead of the data's own (data-free methods).
         assistants: models between teacher and student, largest first (teacher-assistant chain).
+        assistant_losses: what is transferred to the assistants, if that is something else than to the student.
         training: length, optimiser, precision and the like; its seed is the recipe's.
-        teacher_training: train the teacher on the labels first, with these settings.
+        teacher_training: train the teacher on the labels first, with these settings; a ``RouteConstrained`` teacher
+            without anchors takes them from it.
         student_weights: file to start the student from.
         teacher_weights: file of the teacher's weights.
         control: train the same student without the teacher as well.
@@ -92,10 +97,13 @@ def distil_recipe(
     training = dataclasses.replace(training or Training(epochs=10), seed=seed)
 
     def network(field: str) -> nn.Module:
-        if not isinstance(teacher, nn.Module):
+        found = teacher.module if isinstance(teacher, Frozen) else teacher
+        if not isinstance(found, nn.Module):
             raise RecipeError(f"{field}: the recipe has no teacher network for it")
-        return teacher
+        return found
 
+    if assistant_losses and not assistants:
+        raise RecipeError("assistant_losses: the recipe has no assistants for them")
     if assistants and control:
         raise RecipeError("control: not with assistants; run the student alone as a recipe without a teacher")
     if student_weights:
@@ -110,15 +118,24 @@ def distil_recipe(
         settings = dataclasses.replace(teacher_training, seed=seed)
         where = str(Path(out) / "teacher") if out else None
         taught = network("teacher_training")
-        distill(taught, None, data.train, data.validation, training=settings, out=where, **folders)
+        routed = isinstance(teacher, RouteConstrained) and teacher.anchors is None
+        if routed and settings.keep_every is None:
+            settings = dataclasses.replace(settings, keep_every=math.ceil((settings.epochs or 1) / 4))
+        learned = distill(taught, None, data.train, data.validation, training=settings, out=where, **folders)
+        if isinstance(teacher, RouteConstrained) and routed:
+            teacher.follow(learned.runs[-1])
         main = str(Path(out) / "student") if out and not assistants else out
     common: dict[str, Any] = {"test": data.test, "views": views, "training": training, "out": main, **folders}
     common["after_epoch"] = after_epoch
     common |= {"losses": losses, "stages": stages}
     train = source if source is not None else data.train
     if assistants:
-        first = network("assistants")
-        return teacher_assistant(student, assistants, first, train, data.validation, **common)[-1]
+        alone = network("assistants")
+        first = teacher if isinstance(teacher, Teacher) else alone  # a role says how its network teaches
+        chain = teacher_assistant(
+            student, assistants, first, train, data.validation, assistant_losses=assistant_losses, **common
+        )
+        return chain[-1]
     return distill(student, teacher, train, data.validation, control=control, **common)
 
 

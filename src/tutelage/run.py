@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +38,8 @@ class Epoch:
 
     def __str__(self) -> str:
         terms = "  ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
-        figures = "  ".join(f"{n} {self.metrics[n]:.4f}" for n in ("accuracy", "nll") if n in self.metrics)
+        shown = [n for n in ("accuracy", "nll", "ap50", "pck") if n in self.metrics]
+        figures = "  ".join(f"{n} {self.metrics[n]:.4f}" for n in shown)
         return f"epoch {self.epoch + 1:3d}  {terms}  {figures}  ({self.seconds:.1f} s)"
 
 
@@ -49,6 +51,8 @@ class Run:
         history: one line an epoch.
         last: the student's weights after the last finished epoch.
         best: its weights when the monitored figure was best; ``None`` without validation.
+        kept: the student's weights, or the files of them in the run's folder, by the number of epochs before them
+            (``Training.keep_every``).
         best_value, best_epoch: that figure and when it was.
         epoch, batches, step: the epoch under way, the batches of it that are done, the optimiser steps of all.
         since_best: validations since the best one.
@@ -59,6 +63,7 @@ class Run:
     history: list[Epoch] = field(default_factory=list)
     last: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] | None = None
+    kept: dict[int, Path | dict[str, Tensor]] = field(default_factory=dict)
     best_value: float | None = None
     best_epoch: int | None = None
     epoch: int = 0
@@ -87,7 +92,7 @@ class Run:
 
     def state(self, d: Distillation, train: Any, scheduler: LRScheduler) -> dict[str, Any]:
         """What a checkpoint holds beside the weights and the optimiser: plain values and tensors only."""
-        position = {k: v for k, v in vars(self).items() if k not in ("history", "last", "best")}
+        position = {k: v for k, v in vars(self).items() if k not in ("history", "last", "best", "kept")}
         return {
             "position": position,
             "history": [asdict(line) for line in self.history],

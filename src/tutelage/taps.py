@@ -127,7 +127,7 @@ def expand(model: nn.Module, text: str) -> list[str]:
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose remaining layers nobody reads."""
+    """Ends a forward pass whose remaining layers nobody reads: its own, not one inside which it was begun."""
 
 
 class Observer:
@@ -182,6 +182,7 @@ class Observer:
         versions: dict[str, int] = {}
         calls: dict[str, int] = {}
         wanted: dict[str, list[Address]] = {}
+        stop = _Stop()
         for address in self.addresses:
             if not address.field:
                 wanted.setdefault(address.name, []).append(address)
@@ -204,7 +205,7 @@ class Observer:
                             raise UnknownTap(f"{address.text!r}: the module {name!r} is called without inputs")
                         catch(address, given if address.items else given[0])
                 if partial and len(caught) == len(self.addresses):
-                    raise _Stop
+                    raise stop
 
             return hook
 
@@ -214,7 +215,7 @@ class Observer:
                     if not address.input and address.call == calls[name]:
                         catch(address, output)
                 if partial and len(caught) == len(self.addresses):
-                    raise _Stop
+                    raise stop
 
             return hook
 
@@ -226,8 +227,9 @@ class Observer:
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(after(name)))
             output = inputs.call(self.model)
-        except _Stop:
-            pass
+        except _Stop as stopped:
+            if stopped is not stop:  # of an observer around this one
+                raise
         finally:
             for handle in handles:
                 handle.remove()

@@ -18,7 +18,7 @@ from tutelage.errors import nearest
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
-HIGHER_IS_BETTER = ("accuracy", "top5", "macro_f1", "agreement")
+HIGHER_IS_BETTER = ("accuracy", "top5", "macro_f1", "agreement", "ap50", "pck")
 
 
 @dataclass
@@ -39,10 +39,13 @@ class Training:
         accumulate: batches in one optimiser step; every term is normalised over all of them.
         clip: the largest norm of the gradient.
         seed: of everything random. Each epoch is seeded from it afresh.
-        monitor: the validation figure that chooses the best weights.
+        monitor: the validation figure that chooses the best weights: one of :class:`tutelage.Metrics`; ``"ap50"`` of
+            detectors; ``"pck"`` or ``"error"`` of key points.
         patience: stop after so many validations in a row without a better ``monitor``.
         checkpoint_every: optimiser steps between checkpoints inside an epoch; one is always written at its end.
         evaluate_every: epochs between validations; the last epoch is always validated.
+        keep_every: epochs between two copies of the student's weights that stay (``Run.kept``), in the run's folder if
+            there is one: the route of its training.
         log_every: steps between two looks at the losses (each look waits for the device).
         trackers: of accelerate, such as ``["tensorboard"]``; logs go to the run's folder.
         channels_last: put both networks in that memory format, which is faster for convolutions.
@@ -77,6 +80,7 @@ class Training:
     patience: int | None = None
     checkpoint_every: int | None = None
     evaluate_every: int = 1
+    keep_every: int | None = None
     log_every: int = 10
     trackers: list[str] | None = None
     channels_last: bool = False
@@ -87,7 +91,8 @@ class Training:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs={self.epochs}, steps={self.steps}: give one of them")
-        for name in ("epochs", "steps", "accumulate", "patience", "checkpoint_every", "evaluate_every", "log_every"):
+        whole = ("epochs", "steps", "accumulate", "patience", "checkpoint_every", "evaluate_every", "keep_every")
+        for name in (*whole, "log_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
@@ -97,7 +102,7 @@ class Training:
         _known("optimizer", self.optimizer, ("sgd", "adamw"))
         _known("scheduler", self.scheduler, ("cosine", "step", "onecycle", "constant"))
         _known("precision", self.precision, ("no", "bf16", "fp16"))
-        _known("monitor", self.monitor, (*HIGHER_IS_BETTER, "nll", "ece", "teacher_kl"))
+        _known("monitor", self.monitor, (*HIGHER_IS_BETTER, "nll", "ece", "teacher_kl", "error"))
 
     @classmethod
     def of(cls, **settings: Any) -> Training:

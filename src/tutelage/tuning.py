@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.table import Table
+from torch import nn
 
 from tutelage.building import RecipeError
 from tutelage.checkpoint import write_json
@@ -190,6 +191,10 @@ def tune(
     base: dict[str, Any] = load(fields, (), trust).keywords
     if base["data"].validation is None:
         raise ValueError("data: no validation batches, by which trials could be judged")
+    if base.get("teacher_training") is not None and not isinstance(base.get("teacher"), nn.Module):
+        raise ValueError(
+            "teacher_training: tune trains a network as the teacher; train this one before, and name its files"
+        )
     searches = expand(fields, space, base, trust)
     _check(fields, searches, trust)
 

@@ -5,9 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tutelage.knowledge.feature.activation_boundary import activation_boundary
 from tutelage.knowledge.feature.attention_transfer import attention_transfer
+from tutelage.knowledge.feature.cat_kd import class_attention
+from tutelage.knowledge.feature.channel_wise import channel_wise
+from tutelage.knowledge.feature.exclusivity_consistency import feature_consistency
+from tutelage.knowledge.feature.factor_transfer import factor_transfer
+from tutelage.knowledge.feature.feature_aggregation import aggregated_hint
+from tutelage.knowledge.feature.feature_norm import feature_normalized_kd
 from tutelage.knowledge.feature.fitnets import hint_loss
+from tutelage.knowledge.feature.information_flow import information_flow
+from tutelage.knowledge.feature.internal_representation import attention_divergence, first_token_distance
+from tutelage.knowledge.feature.jacobian import jacobian_matching
+from tutelage.knowledge.feature.mgd import generation_distance
+from tutelage.knowledge.feature.neuron_selectivity import neuron_selectivity
+from tutelage.knowledge.feature.overhaul import partial_l2
 from tutelage.knowledge.feature.pkt import pkt
+from tutelage.knowledge.feature.review_kd import hierarchical_context
+from tutelage.knowledge.feature.sem_ckd import calibrated_hint
+from tutelage.knowledge.feature.sim_kd import feature_alignment
+from tutelage.knowledge.feature.srrl import softmax_regression
+from tutelage.knowledge.feature.task_oriented import task_feature_distance
+from tutelage.knowledge.feature.vid import variational_information
 from tutelage.knowledge.relation.correlation_congruence import correlation_congruence
 from tutelage.knowledge.relation.darkrank import darkrank
 from tutelage.knowledge.relation.feature_embedding import locality_preserving
@@ -19,9 +38,20 @@ from tutelage.knowledge.relation.metric_learning import absolute_teacher, relati
 from tutelage.knowledge.relation.mhgd import attention_graph_divergence
 from tutelage.knowledge.relation.rkd import rkd_angle, rkd_distance
 from tutelage.knowledge.relation.similarity_preserving import similarity_preserving
+from tutelage.knowledge.relation.sskd import similarity_divergence
 from tutelage.knowledge.relation.svd_transfer import singular_value
+from tutelage.knowledge.response.conditional_kd import conditional_kd
+from tutelage.knowledge.response.detection_response import bounded_box_regression, detection_classes
+from tutelage.knowledge.response.dist import dist
+from tutelage.knowledge.response.dkd import decoupled_kd
+from tutelage.knowledge.response.generalized_jsd import generalized_jsd
+from tutelage.knowledge.response.heatmap_response import heatmap_response
 from tutelage.knowledge.response.kd import kd_divergence
 from tutelage.knowledge.response.logit_regression import logit_regression
+from tutelage.knowledge.response.logit_std import logit_standardization
+from tutelage.knowledge.response.nkd import normalized_kd
+from tutelage.knowledge.response.wsld import weighted_soft_labels
+from tutelage.record import in_float32
 
 ROWS, MAP = (6, 9), (6, 4, 5, 3)
 
@@ -29,6 +59,16 @@ ROWS, MAP = (6, 9), (6, 4, 5, 3)
 def layers(formula, **options):
     """A formula of two layers of each network as one of a map: the second layer is a part of it."""
     return lambda s, t: formula((s, s[:, :3, ::2]), (t, t[:, :3, ::2]), **options)
+
+
+def labelled(formula, **options):
+    """A formula that needs labels: here all samples are of class 3."""
+    return lambda s, t: formula(s, t, torch.full((len(s),), 3), **options)
+
+
+def views(x):
+    """Samples that each have four views, as originals and then their copies."""
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 FORMULAS = [
@@ -60,10 +100,68 @@ FORMULAS = [
     pytest.param(lambda s, t: logit_graph(s, [t]), ROWS, id="logit_graph"),
     pytest.param(lambda s, t: representation_graph(s, [t]), ROWS, id="representation_graph"),
     pytest.param(attention_graph_divergence, (6, 4, 4), id="attention_graph_divergence"),
+    pytest.param(lambda s, t: similarity_divergence(views(s), views(t)), (6, 4, 3), id="similarity_divergence"),
+    pytest.param(
+        lambda s, t: attention_divergence(*(in_float32(x).softmax(-1) for x in (s, t))),
+        (6, 2, 4, 4),
+        id="attention_divergence",
+    ),
+    pytest.param(first_token_distance, (6, 4, 3), id="first_token_distance"),
+    pytest.param(hierarchical_context, MAP, id="hierarchical_context"),
+    pytest.param(factor_transfer, MAP, id="factor_transfer"),
+    pytest.param(lambda s, t: factor_transfer(s, t, p=2), MAP, id="factor_transfer, p=2"),
+    pytest.param(lambda s, t: neuron_selectivity(s, t, "linear"), MAP, id="neuron_selectivity, linear"),
+    pytest.param(neuron_selectivity, MAP, id="neuron_selectivity, by channels"),
+    pytest.param(neuron_selectivity, (6, 5, 2, 2), id="neuron_selectivity, by positions"),
+    pytest.param(lambda s, t: neuron_selectivity(s, t, "gaussian", 0.5), MAP, id="neuron_selectivity, gaussian"),
+    pytest.param(lambda s, t: variational_information(s, t, torch.ones(4).to(s)), MAP, id="variational_information"),
+    pytest.param(channel_wise, MAP, id="channel_wise"),
+    pytest.param(activation_boundary, MAP, id="activation_boundary"),
+    pytest.param(feature_alignment, MAP, id="feature_alignment"),
+    pytest.param(lambda s, t: feature_normalized_kd(s, t, s, t), ROWS, id="feature_normalized_kd"),
+    pytest.param(lambda s, t: softmax_regression(s, t, s.new_ones(5, 9).triu()), ROWS, id="softmax_regression"),
+    pytest.param(lambda s, t: partial_l2(s, t, -torch.linspace(0.1, 1, 4)), MAP, id="partial_l2"),
+    pytest.param(lambda s, t: calibrated_hint([[s]], [[t]], s.new_ones(len(s), 1, 1)), MAP, id="calibrated_hint"),
+    pytest.param(class_attention, MAP, id="class_attention"),
+    pytest.param(lambda s, t: class_attention(s, t, 3, normalise=False), MAP, id="class_attention, of size 3"),
+    pytest.param(lambda s, t: feature_consistency(s, t, hardness=0), ROWS, id="feature_consistency, plain"),
+    pytest.param(generation_distance, MAP, id="generation_distance"),
+    pytest.param(task_feature_distance, ROWS, id="task_feature_distance"),
+    pytest.param(information_flow, ROWS, id="information_flow"),
+    pytest.param(lambda s, t: inter_channel_correlation(s, t, 3), MAP, id="inter_channel_correlation, grid of 3"),
+    pytest.param(jacobian_matching, MAP, id="jacobian_matching"),
+    pytest.param(lambda s, t: aggregated_hint(s, (t, 2 * t), s.new_tensor([1.0, 0.0])), MAP, id="aggregated_hint"),
+    pytest.param(labelled(decoupled_kd), ROWS, id="decoupled_kd"),
+    pytest.param(dist, ROWS, id="dist"),
+    pytest.param(generalized_jsd, ROWS, id="generalized_jsd"),
+    pytest.param(lambda s, t: generalized_jsd(s, t, beta=0.0), ROWS, id="generalized_jsd, forward"),
+    pytest.param(lambda s, t: generalized_jsd(s, t, beta=1.0), ROWS, id="generalized_jsd, reverse"),
+    pytest.param(logit_standardization, ROWS, id="logit_standardization"),
+    pytest.param(labelled(normalized_kd), ROWS, id="normalized_kd"),
+    pytest.param(labelled(conditional_kd), ROWS, id="conditional_kd"),
+    pytest.param(labelled(weighted_soft_labels), ROWS, id="weighted_soft_labels"),
+    pytest.param(detection_classes, ROWS, id="detection_classes"),
+    pytest.param(
+        lambda s, t: bounded_box_regression(s, t, torch.full_like(s, 0.125)), (6, 4), id="bounded_box_regression"
+    ),
+    pytest.param(
+        lambda s, t: heatmap_response(s, t, torch.full_like(s, 0.25), alpha=1), MAP, id="heatmap_response, soft"
+    ),
 ]
 every = pytest.mark.parametrize(("formula", "shape"), FORMULAS)
-# a likelihood is greatest, and neighbours are nearest, where the student is another than the teacher
-ZERO = [case for case in FORMULAS if case.id not in ("darkrank", "locality_preserving")]
+# a likelihood is greatest, neighbours are nearest, and a margin is kept where the student is another than the teacher;
+# cross-entropies keep the target's entropy, and a student that is wrong is taught the label
+NOT_ZERO = (
+    "activation_boundary",
+    "conditional_kd",
+    "darkrank",
+    "detection_classes",
+    "locality_preserving",
+    "normalized_kd",
+)
+ZERO = [case for case in FORMULAS if case.id not in NOT_ZERO]
+# the weights of soft labels are constants in the backward pass
+SMOOTH = [case for case in FORMULAS if case.id != "weighted_soft_labels"]
 
 
 def pair(shape, dtype=torch.float64):
@@ -83,7 +181,7 @@ def test_is_a_float64_scalar_whose_gradient_reaches_the_student_alone(formula, s
     assert teacher.grad is None
 
 
-@every
+@pytest.mark.parametrize(("formula", "shape"), SMOOTH)
 def test_the_gradient_is_that_of_finite_differences(formula, shape):
     student, teacher = pair(shape)
     assert torch.autograd.gradcheck(lambda s: formula(s, teacher.detach()), student)

@@ -35,6 +35,7 @@ def teacher_assistant(
     *,
     losses: Sequence[Loss] | None = None,
     stages: Sequence[Stage] | None = None,
+    assistant_losses: Sequence[Loss] | None = None,
     out: str | Path | None = None,
     after_epoch: Callable[[Epoch], None] | None = None,
     **training: Any,
@@ -52,6 +53,7 @@ def teacher_assistant(
         losses: not bound yet; each leg learns from a copy of its own. Their addresses must exist in every network
             that they read, so ``*`` or no address at all is safest with networks of different depth.
         stages: instead of ``losses``; copied as well.
+        assistant_losses: what the assistants learn by, if that is something else; copied as well.
         out: each leg's folder is in it: ``assistant-1``, ``assistant-2``, ..., ``student``.
         after_epoch: called with each epoch's line of the student's own training.
         **training: further arguments of :func:`tutelage.distill`. With ``resume=True`` finished legs are not trained
@@ -76,19 +78,21 @@ def teacher_assistant(
     first = teacher.module if isinstance(teacher, Frozen) else teacher
     if len({id(network) for network in (*learners, first)}) <= len(learners):
         raise ValueError("assistants: the same network stands in two places of the chain; give copies")
-    for loss in (*(losses or ()), *(loss for stage in stages or () for loss in stage.losses)):
+    staged = (loss for stage in stages or () for loss in stage.losses)
+    for loss in (*(losses or ()), *(assistant_losses or ()), *staged):
         if loss.pairs:
             raise ValueError(f"losses: {loss.name} was bound to other networks already; give a new one")
     names = [*(f"assistant-{n}" for n in range(1, len(learners))), "student"]
     results: list[Result] = []
     for name, learner in zip(names, learners, strict=True):
+        apart = assistant_losses is not None and learner is not student
         result = distill(
             learner,
             teacher,
             train,
             validation,
-            losses=copy.deepcopy(losses),
-            stages=copy.deepcopy(stages),
+            losses=copy.deepcopy(assistant_losses if apart else losses),
+            stages=None if apart else copy.deepcopy(stages),
             out=Path(out) / name if out else None,
             after_epoch=after_epoch if learner is student else None,
             **training,

@@ -30,6 +30,7 @@ from tutelage.checkpoint import plain_state, write_json, write_weights
 from tutelage.files import locked
 from tutelage.progress import NonFiniteLoss
 from tutelage.run import Interrupted
+from tutelage.tasks import task_of
 
 State = Literal["done", "skipped", "diverged", "failed"]
 TRAINED = "cell:"  # a file of weights that another cell trains: "cell:<key>"
@@ -161,6 +162,8 @@ def _outcome(cell: Cell, folder: Path, trust: list[str]) -> CellResult:
     fields["training"] = {**(fields.get("training") or {"epochs": 10}), "progress": True}
     try:
         run = load(fields, trust=trust)
+        if (task := task_of(run.keywords["data"].train)) is not None:
+            raise ValueError(f"comparisons are of classifiers, by their accuracy; these data are for {task.name}")
         found = run()
     except (Interrupted, KeyboardInterrupt):
         raise

@@ -14,8 +14,8 @@
       two hints: {losses: [{class_path: TaskLoss}, {class_path: FitNets, init_args: {taps: [stage1, stage2]}}]}
       mutual: {student: {class_path: Cohort, init_args: {peers: [$student, $student]}}, teacher: ...}
 
-``$student`` and ``$teacher`` stand for the pair's own; other ``$names`` for what the fields of the student or the
-teacher say. The student alone is in every comparison.
+``$student`` and ``$teacher`` stand for the pair's own, ``$teacher_training`` for how the teacher is trained, if it is;
+other ``$names`` for what the fields of the student or the teacher say. The student alone is in every comparison.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DEFAULT = {  # of a recipe that names no losses
     ]
 }
 # What of a recipe is the method; everything else is the setting that all methods share.
-METHOD_FIELDS = ("losses", "stages", "source", "assistants")
+METHOD_FIELDS = ("losses", "stages", "source", "assistants", "assistant_losses")
 # What a comparison does itself.
 _OURS = ("out", "resume", "overwrite", "control", "seed", "after_epoch")
 _NOT_SHARED = (*METHOD_FIELDS, *_OURS, COMPARED)
@@ -119,6 +119,7 @@ class Comparison:
             if training is not None and fields.get("teacher_weights") is None:
                 cell = _teacher_cell(name, fields, training)
                 fields["teacher_weights"] = TRAINED + cell.key
+                names = {"$teacher_training": training, **names}
             yield name, fields, names, cell
 
 

@@ -15,6 +15,7 @@ import torch
 from tutelage.comparison.cells import Cell, trained_paths
 from tutelage.comparison.plan import CONTROL, TEACHER
 from tutelage.distillation import Distillation
+from tutelage.knowledge.feature.route_constrained import RouteConstrained
 from tutelage.recipe import load
 from tutelage.schedule import Stage
 from tutelage.teachers import Frozen, as_teacher
@@ -80,6 +81,8 @@ def _stepper(cell: Cell, folder: Path, trust: Sequence[str]) -> _Stepper:
     training: Training = keywords.get("training") or Training(epochs=10)
     assistants, stages = keywords.get("assistants"), keywords.get("stages")
     role = as_teacher(assistants[-1] if assistants else keywords.get("teacher"))
+    if isinstance(role, RouteConstrained):
+        role = Frozen(role.module)  # its route is known only after the teacher's training
     losses = stages[-1].losses if stages and isinstance(stages[-1], Stage) else keywords.get("losses")
     device = torch.device("cuda" if torch.cuda.is_available() and not training.cpu else "cpu")
     d = Distillation(keywords["student"], role, losses, keywords.get("views")).to(device)

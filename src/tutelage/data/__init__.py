@@ -25,6 +25,7 @@ from tutelage.data.packed import (
     load_packed,
     mnist,
 )
+from tutelage.data.scenes import Scenes, fashion_detection_loaders, fashion_keypoint_loaders, scattered
 from tutelage.data.splits import split, unlabel
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Images",
     "Indexed",
     "Loaders",
+    "Scenes",
     "cifar10",
     "cifar10_loaders",
     "cifar100",
@@ -42,6 +44,8 @@ __all__ = [
     "dataset_loaders",
     "decode_residuals",
     "encode_residuals",
+    "fashion_detection_loaders",
+    "fashion_keypoint_loaders",
     "fashion_loaders",
     "fashion_mnist",
     "fashion_subset",
@@ -51,6 +55,7 @@ __all__ = [
     "image_loaders",
     "load_packed",
     "mnist",
+    "scattered",
     "split",
     "torchvision_dataset",
     "unlabel",

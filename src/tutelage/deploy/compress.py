@@ -28,6 +28,7 @@ from tutelage.evaluation import Metrics
 from tutelage.files import replacing
 from tutelage.knowledge.base import Loss
 from tutelage.schedule import Stage
+from tutelage.tasks import task_of
 from tutelage.training import Training
 
 __all__ = ["Compressed", "Limits", "Prune", "Shrink", "compress"]
@@ -98,6 +99,8 @@ def compress(
         ValueError: no candidate, two of one name, an unknown precision, or what pruning and distilling refuse.
     """
     _refuse(teacher, candidates, precisions, losses, stages, calibration, runs)
+    if (task := task_of(validation)) is not None:
+        raise ValueError(f"compress is for classifiers, by their accuracy; these data are for {task.name}")
     out = Path(out)
     _open(out, resume)
     training = training or Training(epochs=10)

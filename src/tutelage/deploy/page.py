@@ -30,9 +30,9 @@ def page(report: Report) -> str:
     rows = ordered(report)
     curves = page_figures.learning_curves(report)
     found = [
-        ("models", "Models", _models(report, rows, "quality", "Accuracy of each model")),
+        ("models", "Models", _models(report, rows, "quality", f"{report.heading} of each model")),
         ("training", "Training", _cards(curves + page_figures.training_terms(report))),
-        ("costs", "Accuracy against cost", _cards(page_figures.fronts(report))),
+        ("costs", f"{report.heading} against cost", _cards(page_figures.fronts(report))),
         ("use", "What they cost in use", _models(report, rows, "use", "Cost of each model in use")),
         ("effort", "What training them cost", _models(report, rows, "training", "Cost of training each model")),
         ("answers", "What student and teacher answer", _answers(report.analysis)),
@@ -100,7 +100,7 @@ def _models(report: Report, rows: list[Row], part: Part, caption: str) -> str:
         return ""
     if part != "quality":
         # What a cost buys belongs beside it.
-        shown = [c for c in every if c.title == "Accuracy, %"] + shown
+        shown = [c for c in every if c.title == f"{report.heading}, %"] + shown
     grouped = len({r.group for r in rows if r.group}) > 1
     head = '<th scope="col">Model</th>' + ('<th scope="col" class="text">Network</th>' if grouped else "")
     head += "".join(_head(c) for c in shown)

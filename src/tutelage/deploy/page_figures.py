@@ -63,7 +63,7 @@ def fronts(report: Report) -> list[str]:
     sizes = [float((r.measurement.size_bytes if by_bytes else r.measurement.parameters) or 1) for r in rows]
     side_by_side = len(set(sizes)) < len(sizes) <= _ALL_NAMED
     remark = "Up is better, left is smaller" + ("; models of one size stand side by side." if side_by_side else ".")
-    found = [_front(report, rows, sizes, "sizes", "Accuracy by size", f"{name} (logarithmic)", name, remark)]
+    found = [_front(report, rows, sizes, "sizes", f"{report.heading} by size", f"{name} (logarithmic)", name, remark)]
     timed = measured_alike(rows)
     if len(timed) > 1 and all(r.measurement.latency_p50_ms > 0 for r in timed):
         times = [r.measurement.latency_p50_ms for r in timed]
@@ -72,7 +72,7 @@ def fronts(report: Report) -> list[str]:
         remark = "Up is better, left is faster."
         if len(timed) < len(rows):
             remark += f" {plural(len(rows) - len(timed), 'model')} measured elsewhere or otherwise left out."
-        found.append(_front(report, timed, times, "latency", "Accuracy by latency", what, "ms", remark))
+        found.append(_front(report, timed, times, "latency", f"{report.heading} by latency", what, "ms", remark))
     return found
 
 
@@ -106,7 +106,7 @@ def _front(
     told = "; ".join(
         f"{p.label} ({p.kind}): {short(p.x)} {unit}, {p.y:.1f} %{', on the front' if p.front else ''}" for p in points
     )
-    picture = pictures.point_picture(name, points, axis, title, f"{told}.", sizes=unit != "ms")
+    picture = pictures.point_picture(name, points, axis, title, f"{told}.", sizes=unit != "ms", figure=report.figure)
     kinds = [k for k in _SIGNS if any(p.kind == k for p in points)]
     return figure(title, remark, picture, [(kind_key(k), k) for k in kinds])
 
@@ -149,9 +149,9 @@ def _curves(report: Report, curves: list[Curve], group: str, name: str, shares: 
     else:
         others = []
     series = [dataclasses.replace(s, style=i) for s, i in zip(series, _styles(series, rows), strict=True)]
-    title = ("Accuracy by epoch" if shares else "Learning curves") + (f", {group}" if group else "")
+    title = (f"{report.heading} by epoch" if shares else "Learning curves") + (f", {group}" if group else "")
     told = "; ".join(f"{s.label}: from {s.mean[0]:.1f} to {s.mean[-1]:.1f}" for s in (*series, *others))
-    axis = "accuracy, %" if shares else "value"
+    axis = f"{report.figure}, %" if shares else "value"
     picture = pictures.line_picture(name, [*others, *series], axis, title, f"{told}.")
     keys = [(_line_key(s.style), s.label) for s in series]
     if muted:

@@ -138,17 +138,24 @@ def style_of(style: int) -> tuple[str, tuple[float, ...]]:
 
 
 def point_picture(
-    name: str, points: Sequence[Point], x_title: str, title: str, description: str, *, sizes: bool = True
+    name: str,
+    points: Sequence[Point],
+    x_title: str,
+    title: str,
+    description: str,
+    *,
+    sizes: bool = True,
+    figure: str = "accuracy",
 ) -> str:
     """Accuracy against a cost on a logarithmic axis, with error bars and the Pareto front as a stepped line.
 
     Arguments, result and errors are those of :func:`line_picture`; for ``sizes`` 10 000 is written 10 k on the x-axis,
-    and a few models of one size stand beside each other.
+    and a few models of one size stand beside each other. ``figure`` is what the accuracy is called.
 
     >>> point_picture("b", [Point("net", "student", 1e6, 90.0, 0.5)], "parameters", "t", "d").count(">net<")
     1
     """
-    with _axes(x_title, "accuracy, %") as ax:
+    with _axes(x_title, f"{figure}, %") as ax:
         from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
         from matplotlib.transforms import Bbox
 

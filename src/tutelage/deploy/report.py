@@ -148,6 +148,7 @@ class Report:
         quoted: Figures from papers.
         target: The accuracy that rows' ``seconds_to_target`` are about.
         chosen: Index of the row that somebody chose, by limits for example; otherwise the best student is shown.
+        figure: What the rows' ``accuracy`` is called, where it is the main figure of another task.
     """
 
     title: str
@@ -166,6 +167,12 @@ class Report:
     quoted: list[Quoted] = field(default_factory=list)
     target: float | None = None
     chosen: int | None = None
+    figure: str = "accuracy"
+
+    @property
+    def heading(self) -> str:
+        """``figure`` with a capital."""
+        return self.figure[0].upper() + self.figure[1:]
 
     def headline(self) -> str:
         """What the figures say, in a sentence or two: the best student against teacher and control."""

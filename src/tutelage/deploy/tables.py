@@ -21,7 +21,6 @@ Part = Literal["quality", "use", "training"]
 _SIDE_BY_SIDE = 4
 _NOT_IN_TERMINAL = ("Validation, %", "Last weights, %", "Latency p99, ms", "Throughput, samples/s")
 _OF_MANY = (
-    "Accuracy, %",
     "Gain over control, points",
     "Agrees with teacher, %",
     "Parameters",
@@ -90,17 +89,25 @@ def columns(report: Report, rows: list[Row] | None = None) -> list[Column]:
         return [getattr(m, name, None) for m in costs]
 
     found = [
-        over_seeds("Accuracy, %", lambda r: r.accuracy, "Share of right predictions"),
+        over_seeds(
+            f"{report.heading}, %",
+            lambda r: r.accuracy,
+            "Share of right predictions" if report.figure == "accuracy" else "",
+        ),
         Column(
             "Gain over control, points",
             "quality",
             [signed(g) if g else "" for g in gains],
             [g.mean if g else None for g in gains],
             True,
-            "Accuracy minus that of the same network without a teacher",
+            f"{report.heading} minus that of the same network without a teacher",
         ),
-        over_seeds("Validation, %", lambda r: r.validation, "Accuracy on the data that weights were chosen by"),
-        over_seeds("Last weights, %", lambda r: r.last_accuracy, "Accuracy of the weights after the last epoch"),
+        over_seeds(
+            "Validation, %", lambda r: r.validation, f"{report.heading} on the data that weights were chosen by"
+        ),
+        over_seeds(
+            "Last weights, %", lambda r: r.last_accuracy, f"{report.heading} of the weights after the last epoch"
+        ),
         over_seeds(
             "Agrees with teacher, %",
             lambda r: r.agreement if r.kind != "teacher" else [],
@@ -160,7 +167,7 @@ def terminal_table(report: Report) -> Table:
                 table.add_row(column.title, *(escape(cell or "–") for cell in column.texts))
         return table
     rows = ordered(report)
-    chosen = [c for c in columns(report, rows) if c.title in _OF_MANY]
+    chosen = [c for c in columns(report, rows) if c.title in (f"{report.heading}, %", *_OF_MANY)]
     table.add_column("Model")
     grouped = len({r.group for r in rows if r.group}) > 1
     if grouped:

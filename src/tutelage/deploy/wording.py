@@ -23,7 +23,7 @@ def headline(report: Report) -> str:
         return "No student was measured."
     teacher = report.teacher()
     name = ("The student" if student.name == "student" else student.name) + _chosen(report, student)
-    first = f"{name} reaches {percent(student.mean)} accuracy"
+    first = f"{name} reaches {percent(student.mean)} {report.figure}"
     if teacher is not None:
         goal = teacher.mean
         first += f", {percent(student.mean / goal)} of the teacher’s {percent(goal)}" if goal else ", the teacher 0 %"
@@ -49,7 +49,7 @@ def _chosen(report: Report, student: Row) -> str:
         return f", chosen from {len(students)},"
     several = len({s.group for s in students}) > 1 and not student.name.endswith(student.group)
     where = f" on {student.group}" if several else ""
-    by = "validation accuracy" if report.chosen_by_validation() else "the accuracy shown"
+    by = f"validation {report.figure}" if report.chosen_by_validation() else f"the {report.figure} shown"
     return f"{where}, the best of {len(students)} students by {by},"
 
 
@@ -80,7 +80,7 @@ def key_figures(report: Report) -> list[tuple[str, str, str, str]]:
     accuracy = mean_interval([100 * a for a in student.accuracy])
     seeds = plural(accuracy.n, "seed")
     detail = f"{100 * teacher.mean:.1f} % teacher, {seeds}" if teacher else seeds
-    figures = [("Student’s accuracy", str(accuracy), "%", detail)]
+    figures = [(f"Student’s {report.figure}", str(accuracy), "%", detail)]
     control = report.control_of(student)
     if control is not None:
         alone = f"{100 * control.mean:.1f} % without a teacher"

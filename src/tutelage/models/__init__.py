@@ -14,11 +14,13 @@ from tutelage.models.cifar_resnet import (
     resnet56,
     resnet110,
 )
+from tutelage.models.dense import Detected, Joined, SmallDetector, SmallKeypoints
 from tutelage.models.loading import create, load_weights, save_weights
 from tutelage.models.mobilenetv2 import MobileNetV2, mobilenetv2_half
 from tutelage.models.shufflenet_v1 import ShuffleNetV1, shufflenetv1
 from tutelage.models.shufflenet_v2 import ShuffleNetV2, shufflenetv2
 from tutelage.models.small import MLP, SmallCNN
+from tutelage.models.small_transformer import SmallTransformer, TransformerOutput
 from tutelage.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from tutelage.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
@@ -26,10 +28,16 @@ __all__ = [
     "MLP",
     "VGG",
     "CifarResNet",
+    "Detected",
+    "Joined",
     "MobileNetV2",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "SmallCNN",
+    "SmallDetector",
+    "SmallKeypoints",
+    "SmallTransformer",
+    "TransformerOutput",
     "WideResNet",
     "create",
     "load_weights",

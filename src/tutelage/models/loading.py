@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from tutelage.errors import nearest, require
 from tutelage.files import replacing
-from tutelage.models import cifar_resnet, mobilenetv2, shufflenet_v1, shufflenet_v2, small, vgg, wide_resnet
+from tutelage.models import (
+    cifar_resnet,
+    dense,
+    mobilenetv2,
+    shufflenet_v1,
+    shufflenet_v2,
+    small,
+    small_transformer,
+    vgg,
+    wide_resnet,
+)
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     build.__name__: build
@@ -29,8 +39,11 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
         mobilenetv2.mobilenetv2_half,
         shufflenet_v1.shufflenetv1,
         shufflenet_v2.shufflenetv2,
+        dense.SmallDetector,
+        dense.SmallKeypoints,
         small.MLP,
         small.SmallCNN,
+        small_transformer.SmallTransformer,
         vgg.vgg8,
         vgg.vgg11,
         vgg.vgg13,

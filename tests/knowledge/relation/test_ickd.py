@@ -36,6 +36,61 @@ def test_is_the_loop_over_samples_and_pairs_of_channels():
     assert inter_channel_correlation(student, teacher).item() == pytest.approx(total / (3 * 2))
 
 
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_a_grid_is_the_loop_over_patches_summed(grid):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 3, 8, 4, dtype=torch.float64)
+    edges = {  # where patches begin and end; where they do not divide the length, the first are longer by one
+        1: {6: [0, 6], 7: [0, 7], 8: [0, 8], 4: [0, 4]},
+        2: {6: [0, 3, 6], 7: [0, 4, 7], 8: [0, 4, 8], 4: [0, 2, 4]},
+        3: {6: [0, 2, 4, 6], 7: [0, 3, 5, 7], 8: [0, 3, 6, 8], 4: [0, 2, 3, 4]},
+    }[grid]
+
+    def patch(x, i, j):
+        rows, columns = edges[x.shape[2]], edges[x.shape[3]]
+        return x[:, :, rows[i] : rows[i + 1], columns[j] : columns[j + 1]]
+
+    total = sum(
+        inter_channel_correlation(patch(student, i, j), patch(teacher, i, j)) for i in range(grid) for j in range(grid)
+    )
+    torch.testing.assert_close(inter_channel_correlation(student, teacher, grid=grid), total)
+
+
+def test_a_grid_sees_where_channels_fire_and_the_whole_map_does_not():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    turned = x.flip(2)
+    assert inter_channel_correlation(turned, x) < 1e-20
+    assert inter_channel_correlation(turned, x, grid=2) > 0.01
+    within = torch.cat([part.flip(2) for part in x.split(3, dim=2)], dim=2)
+    assert inter_channel_correlation(within, x, grid=2) < 1e-20
+
+
+def test_a_grid_in_the_loss_and_what_is_refused():
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 1, 16, 16)
+    student, teacher = SmallCNN(4), SmallCNN(6)
+    values = {}
+    for grid in (1, 4):
+        torch.manual_seed(1)
+        d = Distillation(student, teacher, losses=[ICKD(grid=grid)]).bind(inputs)
+        losses = d(inputs)
+        losses.total.backward()
+        values[grid] = losses["ICKD"].item()
+    assert 0 < values[1] < values[4]
+    assert student.stage1[0].weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"grid=5: expected .* sizes \(4, 4\) and \(4, 4\)"):
+        Distillation(student, teacher, losses=[ICKD(grid=5)]).bind(inputs)
+    for grid in (0, -1):
+        with pytest.raises(ValueError, match="grid="):
+            inter_channel_correlation(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4), grid=grid)
+    with pytest.raises(ValueError, match=r"sizes \(7, 1\)"):
+        inter_channel_correlation(torch.ones(2, 7, 3), torch.ones(2, 7, 3), grid=2)
+    for grid in (0, 2.0):
+        with pytest.raises(ValueError, match="whole number"):
+            ICKD(grid=grid)
+
+
 def test_neither_positions_nor_a_factor_count_and_channels_do():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)

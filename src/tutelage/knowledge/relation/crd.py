@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tutelage.catalogue import method
 from tutelage.knowledge.base import Loss, Tap
+from tutelage.knowledge.relation.memories import demand, gathered, other_classes, other_samples, process_count
 from tutelage.knowledge.rows import flat_rows, unit_rows
 from tutelage.record import Record
 from tutelage.schedule import Weight
@@ -85,56 +86,6 @@ def contrastive_nce(positive: Tensor, negative: Tensor, log_mean: Tensor, keep: 
         log_noise = log_mean + keep.sum(1).clamp(min=1).to(positive.dtype).log()
         rejected = F.softplus(negative - log_noise.unsqueeze(1)) * keep
     return (F.softplus(log_noise - positive) + rejected.sum(1)).mean()
-
-
-def other_samples(ids: Tensor, samples: int, count: int) -> Tensor:
-    """(B, count) numbers of samples drawn uniformly, with replacement, from all but one's own.
-
-    Args:
-        ids: (B,) own numbers.
-        samples: how many there are, at least 2.
-        count: how many to draw for each.
-
-    >>> other_samples(torch.tensor([0, 1]), samples=2, count=3)
-    tensor([[1, 1, 1],
-            [0, 0, 0]])
-    """
-    drawn = torch.randint(samples - 1, (len(ids), count), device=ids.device)
-    return drawn + (drawn >= ids.unsqueeze(1))
-
-
-def other_classes(labels: Tensor, known: Tensor, count: int) -> Tensor:
-    """(B, count) numbers of samples drawn uniformly, with replacement, from those whose label is another.
-
-    One sort of the labels serves the whole batch; each draw is then a look-up, however large or rare its class is.
-
-    Args:
-        labels: (B,) own labels; a negative one (no label) excludes nothing.
-        known: (N,) labels of all samples; a negative one (not known yet) is another than every own label.
-        count: how many to draw for each.
-
-    Raises:
-        ValueError: all samples have one of ``labels`` (an assertion of the device, on accelerators).
-
-    >>> other_classes(torch.tensor([1, 0]), torch.tensor([0, 1, 1]), count=3)[0]
-    tensor([0, 0, 0])
-    """
-    ordered, order = known.sort()
-    first = torch.searchsorted(ordered, labels)
-    excluded = torch.where(labels < 0, 0, torch.searchsorted(ordered, labels, right=True) - first)
-    others = len(known) - excluded
-    _require((others > 0).all(), "negatives='other classes': all samples have the same label")
-    # The remainder of a 62-bit number is uniform to N / 2⁶²; randint has no upper bound per row.
-    drawn = torch.randint(2**62, (len(labels), count), device=labels.device) % others.unsqueeze(1)
-    return order[drawn + excluded.unsqueeze(1) * (drawn >= first.unsqueeze(1))]
-
-
-def _require(condition: Tensor, message: str) -> None:
-    if condition.device.type == "cpu":
-        if not bool(condition):
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition, message)  # no synchronisation of the device
 
 
 @method(
@@ -244,7 +195,7 @@ class CRD(Loss):
         self.embed_teacher = nn.Linear(t.shape[1], self.features).to(t)
         for side, like in (("student", s), ("teacher", t)):
             memory = unit_rows(torch.randn(rows, self.features)).to(like)
-            if _processes() > 1:
+            if process_count() > 1:
                 dist.broadcast(memory, src=0)
             self.register_buffer(f"memory_{side}", memory)
         self.register_buffer("memory_labels", torch.full((rows,), -1, device=s.device))
@@ -268,7 +219,7 @@ class CRD(Loss):
         labels = batch.labels.long() if self.needs_labels and batch.labels is not None else unknown
         keep = None
         if self.memory == "bank":
-            _require(
+            demand(
                 ((ids >= 0) & (ids < len(self.memory_student))).all(),
                 f"{self.name}: a sample id is not in 0..{len(self.memory_student) - 1}: ids number the samples of "
                 "the training set, and samples= (or population=) is how many there are",
@@ -311,8 +262,8 @@ class CRD(Loss):
 
     def _remember(self, s: Tensor, t: Tensor, ids: Tensor, labels: Tensor, log_mean: Tensor) -> Tensor:
         """Write the batch (of all processes) into the memory; returns ``log_mean`` over all of it."""
-        if _processes() > 1:
-            s, t, numbers, log_mean = _gathered(s, t, torch.stack([ids, labels], dim=1), log_mean)
+        if process_count() > 1:
+            s, t, numbers, log_mean = gathered(s, t, torch.stack([ids, labels], dim=1), log_mean)
             ids, labels = (column.contiguous() for column in numbers.unbind(1))
         if self.memory == "bank":
             # Equal ids get equal rows, the first one's, or the order of writing would decide.
@@ -334,26 +285,3 @@ class CRD(Loss):
     def extra_repr(self) -> str:
         size = f"k={self.k}" if self.memory == "bank" else f"queue={self.queue}"
         return f"{super().extra_repr()}, negatives={self.negatives!r}, memory={self.memory!r}, {size}"
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gathered(s: Tensor, t: Tensor, numbers: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The batches of all processes one after the other, also of different sizes, and log_mean over their samples."""
-    head = torch.cat([log_mean.new_tensor([len(s)]), log_mean])
-    heads = [torch.empty_like(head) for _ in range(_processes())]
-    dist.all_gather(heads, head)
-    table = torch.stack(heads)
-    sizes = [int(size) for size in table[:, 0].tolist()]
-
-    def gather(rows: Tensor) -> Tensor:
-        padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    s, t = gather(torch.cat([s, t], dim=1)).split([s.shape[1], t.shape[1]], dim=1)
-    shares = (table[:, :1] / table[:, :1].sum()).log()
-    return s, t, gather(numbers), (table[:, 1:] + shares).logsumexp(0)

@@ -14,20 +14,28 @@ from tutelage.schedule import Weight
 from tutelage.views import Batch
 
 
-def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+def inter_channel_correlation(student: Tensor, teacher: Tensor, grid: int = 1) -> Tensor:
     """‖G_s − G_t‖²_F / C, mean over samples: G is the C×C Gram matrix over positions, its rows of unit L2 norm.
+
+    With a ``grid`` of n both maps are divided into n×n patches, each has a Gram matrix of its own, and the distances of
+    corresponding patches are summed: the paper's form for dense predictions. Where n does not divide the height or
+    width, the first patches are one position longer. The authors did not publish this form's code, and whether the
+    paper takes the mean over the patches could not be checked: then its weight is n² times that of the sum.
 
     Args:
         student: a map (B, C, H, W), a sequence (B, N, C) or rows (B, C).
         teacher: likewise, with as many channels and any number of positions; no gradient flows to it.
+        grid: n, the patches along each axis of a map; 1 is the whole.
 
     Returns:
-        A scalar ≥ 0, and 0 for features that differ by a factor for each sample or an order of the positions.
+        A scalar ≥ 0, and 0 for features that differ by a factor for each sample (and patch) or an order of the
+        positions (within each patch).
 
     Raises:
-        ValueError: different numbers of samples or channels (project the student first).
+        ValueError: different numbers of samples or channels (project the student first), or a ``grid`` below 1 or finer
+            than one of the maps.
 
-    Memory: C² numbers per sample beside the features.
+    Memory: C² numbers per sample and patch beside the features.
 
     Liu et al. 2021, "Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation",
     https://arxiv.org/abs/2202.03680
@@ -37,14 +45,30 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
     tensor(0.5858)
     """
     same_samples(student, teacher)
-    student, teacher = as_map(student).flatten(2), as_map(teacher.detach()).flatten(2)
+    student, teacher = as_map(student), as_map(teacher.detach())
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"the student has {student.shape[1]} channels and the teacher {teacher.shape[1]}: correlations of "
             "channels are compared one by one; project the student to the teacher's channels"
         )
-    difference = unit_rows(student @ student.mT) - unit_rows(teacher @ teacher.mT)
-    return difference.square().sum() / (len(student) * student.shape[1])
+    finest = min(*student.shape[2:], *teacher.shape[2:]) if grid != 1 else 1
+    if not 1 <= grid <= finest:
+        raise ValueError(
+            f"grid={grid}: expected 1 or more, and no more than the positions along each axis of both maps, of sizes "
+            f"{tuple(student.shape[2:])} and {tuple(teacher.shape[2:])}"
+        )
+    pairs = zip(_patches(student, grid), _patches(teacher, grid), strict=True)
+    total = torch.stack([(_correlation(s) - _correlation(t)).square().sum() for s, t in pairs]).sum()
+    return total / (len(student) * student.shape[1])
+
+
+def _patches(features: Tensor, grid: int) -> list[Tensor]:
+    return [patch for row in features.tensor_split(grid, dim=2) for patch in row.tensor_split(grid, dim=3)]
+
+
+def _correlation(features: Tensor) -> Tensor:
+    rows = features.flatten(2)
+    return unit_rows(rows @ rows.mT)
 
 
 @method(
@@ -65,11 +89,13 @@ class ICKD(Loss):
 
     Args:
         taps: the layers; by default the last stage of each. Several are summed.
+        grid: n patches along each axis of the maps, for dense predictions (the paper's ICKD-S); 1, the whole map, is
+            its form for classification (ICKD-C).
         weight: 2.5 by default, the authors' for CIFAR-100, which belongs to this scale.
         name: of the term.
 
-    This is ICKD-C, for classification; the paper's grid-wise form for segmentation is not here. See
-    :func:`inter_channel_correlation` for the formula and the memory.
+    See :func:`inter_channel_correlation` for the formula, the patches and the memory. The weight published for a grid
+    could not be checked.
 
     >>> from tutelage import Distillation
     >>> student, teacher = (nn.Conv2d(1, n, 3) for n in (4, 6))
@@ -81,8 +107,11 @@ class ICKD(Loss):
 
     default_reads = "last stage"
 
-    def __init__(self, *taps: Tap, weight: Weight = 2.5, name: str | None = None):
+    def __init__(self, *taps: Tap, grid: int = 1, weight: Weight = 2.5, name: str | None = None):
         super().__init__(*taps, weight=weight, name=name)
+        if not isinstance(grid, int) or grid < 1:
+            raise ValueError(f"{self.name}: grid={grid!r}: expected a whole number, 1 or more")
+        self.grid = grid
         self.projectors = nn.ModuleList()
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
@@ -96,4 +125,7 @@ class ICKD(Loss):
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
         both = zip(self.projectors, self.tensors(student, teacher), strict=True)
-        return torch.stack([inter_channel_correlation(project(s), t) for project, (s, t) in both]).sum()
+        return torch.stack([inter_channel_correlation(project(s), t, self.grid) for project, (s, t) in both]).sum()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, grid={self.grid}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tutelage.catalogue import method
 from tutelage.errors import nearest
 from tutelage.knowledge.base import Loss, Tap, class_axis, classes_last, labelled
 from tutelage.knowledge.response.rows import check_target, compared_rows, positive
@@ -114,6 +115,14 @@ def bounded_box_regression(
     return error.masked_fill(~worse, 0.0).sum() / max(len(error), 1)
 
 
+@method(
+    section="2.1",
+    role="losses",
+    paper="Chen, Choi, Yu, Han, Chandraker: Learning Efficient Object Detection Models with Knowledge Distillation",
+    year=2017,
+    link="https://papers.nips.cc/paper/6676-learning-efficient-object-detection-models-with-knowledge-distillation",
+    use="For detectors whose regions (anchors, cells) are the teacher's, beside the detector's own loss.",
+)
 class DetectionResponse(Loss):
     """Responses of a detector: weighted soft classes of its regions, and teacher-bounded regression of their boxes.
 
@@ -121,10 +130,10 @@ class DetectionResponse(Loss):
 
         detection_classes + ν · (Σ over the regions with an object of the bounded box error) / (all labelled regions)
 
-    and stands beside the detector's own loss on the truth. The labels are the regions' classes, (B, A) for logits
-    (B, A, C) or (B, H, W) for (B, C, H, W): the background's number where there is no object, -100 where the region
-    does not count. Their true boxes are a further field of the batch, of the shape of the boxes; boxes are the same
-    for all classes.
+    and stands beside the detector's own loss on the truth, :class:`DetectionLoss` for example. The labels are the
+    regions' classes, (B, A) for logits (B, A, C) or (B, H, W) for (B, C, H, W): the background's number where there is
+    no object, -100 where the region does not count. Their true boxes are a further field of the batch, of the shape of
+    the boxes; boxes are the same for all classes.
 
     Args:
         taps: two, the class logits and the boxes; ``"@logits"`` and ``"@boxes"`` by default, for models whose output

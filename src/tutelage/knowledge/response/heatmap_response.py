@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tutelage.catalogue import method
 from tutelage.errors import nearest
 from tutelage.knowledge.base import Loss, Tap
 from tutelage.record import Record, in_float32
@@ -58,6 +59,14 @@ def _check_alpha(alpha: float, name: str = "") -> None:
         raise ValueError(f"{name}alpha={alpha}: expected a number from 0 (truth) to 1 (teacher)")
 
 
+@method(
+    section="2.1",
+    role="losses",
+    paper="Zhang, Zhu, Ye: Fast Human Pose Estimation",
+    year=2019,
+    link="https://arxiv.org/abs/1811.05419",
+    use="For key points as heat maps, where the teacher's are of the same number and size.",
+)
 class HeatmapResponse(Loss):
     """Fast pose distillation: heat maps regressed on the teacher's and the true ones together.
 
