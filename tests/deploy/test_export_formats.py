@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.data import fashion_loaders
 from tutelage.deploy import Exported, ExportError, ParityError, check_exported, export, open_exported
 from tutelage.deploy.formats.tracing import trace
-from tutelage.models import SmallCNN, resnet8
+from tutelage.models import SmallCNN, SmallDetector, resnet8
 
 PACKAGES = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -525,3 +525,10 @@ def test_the_model_and_its_buffers_are_left_alone(images, tmp_path):
     assert not model[7].training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     model.train()
+
+
+def test_what_a_file_leaves_out_is_said(tmp_path, capsys):
+    export(SmallDetector(width=4), torch.zeros(2, 1, 48, 48), tmp_path / "detector.pt2")
+    assert "has the logits alone, and not boxes" in " ".join(capsys.readouterr().err.split())
+    export(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, 1, 4, 4), tmp_path / "plain.pt2")
+    assert "alone" not in capsys.readouterr().err

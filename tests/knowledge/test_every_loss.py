@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import default_collate
 
 from tutelage import Distillation, Loss, Stage, methods
 from tutelage.beside import SideLearner
-from tutelage.data import fashion_subset
+from tutelage.data import Images, ImageSet, fashion_subset, loaders
 from tutelage.recipe import load
 from tutelage.tasks import task_of
 from tutelage.views import UNLABELLED
@@ -24,8 +25,17 @@ Change = Callable[[Tensor], Tensor]
 every = pytest.mark.parametrize("recipe", [m.recipe.removesuffix(".yaml") for m in LOSSES])
 
 
+@functools.cache
+def few_images() -> ImageSet:
+    """The beginning of the packaged set, which need not be read for each test."""
+    whole = fashion_subset()
+    parts = (Images(part.images[:1500], part.labels[:1500]) for part in (whole.train, whole.test))
+    return ImageSet(*parts, whole.classes)
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
+    monkeypatch.setattr(loaders, "fashion_subset", few_images)
     torch.manual_seed(0)
 
 
@@ -46,7 +56,7 @@ def batch_of(parts: dict[str, Any], count: int = SAMPLES) -> Any:
     """
     if task_of(parts["data"].train) is not None:
         return default_collate([parts["data"].train.dataset[n] for n in range(count)])
-    part = fashion_subset().train
+    part = few_images().train
     shape = next(iter(parts["data"].train))[0].shape[1:]
     images = torch.as_tensor(part.images[:count]).float().reshape(count, *shape) / 255
     return images, torch.as_tensor(part.labels[:count]).long(), torch.arange(count)

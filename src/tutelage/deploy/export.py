@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from tutelage.console import say
 from tutelage.deploy.calling import (
     Example,
     as_call,
@@ -31,7 +32,7 @@ from tutelage.deploy.calling import (
     undisturbed,
 )
 from tutelage.deploy.formats import executorch, format_of, onnx, openvino, pt2e, torch_export
-from tutelage.deploy.formats.tracing import ExportError, tensors_of, trace, unsupported
+from tutelage.deploy.formats.tracing import ExportError, beside_logits, tensors_of, trace, unsupported
 from tutelage.deploy.running import Running, open_exported
 from tutelage.files import replacing
 from tutelage.record import Record
@@ -180,6 +181,8 @@ def export(
                 f"the model takes {rows} samples but not {batch_size_of(check)} ({error}); "
                 f"dynamic_batch=False exports it for {rows}"
             ) from error
+    if left_out := beside_logits(model, example):
+        say(f"{type(model).__name__}: the file has the logits alone, and not {', '.join(left_out)} of the output")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # Everything happens in a folder beside the target: the name of external data is written into the file.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -41,12 +42,34 @@ class Logits(nn.Module):
         forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])  # type: ignore[attr-defined]
         self.forward = forward
 
-    def logits(self, tensors: list[Tensor]) -> Tensor:
+    def output(self, tensors: list[Tensor]) -> Any:
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return Record(self.model(*args, **kwargs)).logits
+        return self.model(*args, **kwargs)
+
+    def logits(self, tensors: list[Tensor]) -> Tensor:
+        return Record(self.output(tensors)).logits
+
+
+def beside_logits(model: nn.Module, example: Example) -> list[str]:
+    """The names of the tensors that a model's output has beside its logits, which no file will have.
+
+    >>> from tutelage.models import SmallDetector
+    >>> beside_logits(SmallDetector(width=4), torch.zeros(2, 1, 48, 48))
+    ['boxes']
+    >>> beside_logits(nn.Linear(2, 2), torch.ones(1, 2))
+    []
+    """
+    with undisturbed(model), torch.no_grad():
+        output = Logits(model, example).output(tensors_of(example))
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        output = output._asdict()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
+        output = vars(output)
+    named = output.items() if isinstance(output, Mapping) else ()
+    return [name for name, value in named if isinstance(value, Tensor) and name not in ("logits", "loss")]
 
 
 def input_names(model: nn.Module, example: Example) -> list[str]:

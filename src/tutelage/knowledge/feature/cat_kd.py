@@ -150,8 +150,8 @@ class CATKD(Loss):
         if len(taps) > 1:
             raise ValueError(f"{self.name}: taps={taps!r}: expected one, the last map")
         self.size, self.normalise, self.binarise = size, normalise, binarise
-        self.classifier: nn.Parameter | None  # the teacher's; it does not learn
-        self.register_parameter("classifier", None)
+        self.classifier: Tensor | None
+        self.register_buffer("classifier", None)  # the teacher's; it does not learn
         self._own: tuple[nn.Linear, ...] = ()  # the student's, in a tuple, so that it is not registered here
 
     def resolve(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> bool:
@@ -172,7 +172,7 @@ class CATKD(Loss):
                 f"{self.name}: the student has {self._own[0].out_features} classes and the teacher "
                 f"{layer.out_features}; class activation maps are compared class by class"
             )
-        self.classifier = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        self.classifier = layer.weight.detach().clone()
         return chosen
 
     def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:

@@ -112,9 +112,8 @@ class SRRL(Loss):
             raise ValueError(f"{self.name}: taps={taps!r}: expected one, what the classifiers read")
         self.matching, self.regression = matching, regression
         self.connector: nn.Sequential = nn.Sequential()
-        # a parameter that does not learn, and no buffer: binding leaves buffers as they were
-        self.classifier: nn.Parameter | None
-        self.register_parameter("classifier", None)
+        self.classifier: Tensor | None
+        self.register_buffer("classifier", None)  # the teacher's; it does not learn
 
     def resolve(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> bool:
         if teacher is student:
@@ -124,7 +123,7 @@ class SRRL(Loss):
             layer = classifier_of(teacher, batch.teacher, self.pairs[0][1])
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        self.classifier = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        self.classifier = layer.weight.detach().clone()
         return chosen
 
     def build(self, student: Record, teacher: Record, batch: Batch) -> None:
