@@ -79,6 +79,7 @@ def test_threads_are_as_before_whatever_happens(clock, tmp_path, monkeypatch):
     [
         ("KD", {}),
         ("fit_nets_two_stages", {}),
+        ("FactorTransfer", {}),
         ("mutual", {"student": {"class_path": "Cohort", "init_args": {"peers": ["$student", "$student"]}},
                     "teacher": {"class_path": "DeepMutualLearning"},
                     "losses": [{"class_path": "TaskLoss"}, {"class_path": "KD"}]}),

@@ -17,7 +17,6 @@ from tutelage.comparison.plan import CONTROL, TEACHER
 from tutelage.distillation import Distillation
 from tutelage.knowledge.feature.route_constrained import RouteConstrained
 from tutelage.recipe import load
-from tutelage.schedule import Stage
 from tutelage.teachers import Frozen, as_teacher
 from tutelage.training import Training
 from tutelage.views import move
@@ -83,9 +82,10 @@ def _stepper(cell: Cell, folder: Path, trust: Sequence[str]) -> _Stepper:
     role = as_teacher(assistants[-1] if assistants else keywords.get("teacher"))
     if isinstance(role, RouteConstrained):
         role = Frozen(role.module)  # its route is known only after the teacher's training
-    losses = stages[-1].losses if stages and isinstance(stages[-1], Stage) else keywords.get("losses")
+    terms = [stage.losses for stage in stages or ()] or [keywords.get("losses")]
     device = torch.device("cuda" if torch.cuda.is_available() and not training.cpu else "cpu")
-    d = Distillation(keywords["student"], role, losses, keywords.get("views")).to(device)
+    chain = [Distillation(keywords["student"], role, losses, keywords.get("views")).to(device) for losses in terms]
+    d = chain[-1]  # the last stage is the longest, and what is timed
     if training.channels_last:
         d.to(memory_format=torch.channels_last)
     source = keywords.get("source")
@@ -93,7 +93,12 @@ def _stepper(cell: Cell, folder: Path, trust: Sequence[str]) -> _Stepper:
         source.attach(d.student, role.module if isinstance(role, Frozen) else None)
     train: Any = source if source is not None else keywords["data"].train
     first = [move(raw, device) for raw in itertools.islice(train, 1 if source is not None else 4)]
-    d.bind(first[0], population=len(getattr(train, "dataset", ())) or None)
+    for n, stage in enumerate(chain):
+        if n:
+            chain[n - 1](first[0]).total.backward()  # later stages may want to have learned something in the earlier
+            stage.continue_from(chain[n - 1])
+        stage.bind(first[0], population=len(getattr(train, "dataset", ())) or None)
+    d.zero_grad()
     optimizer = training.make_optimizer(p for p in d.train().parameters() if p.requires_grad)
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
     batches = itertools.cycle(first) if source is None else _again_and_again(source)
