@@ -43,8 +43,8 @@ modalities, no data) and the less known ones are not."""
 MEMORY = """\
 What a loss alone costs: forward and backward to the student's tensor, one thread, float32, for a batch of 256 maps of
 512×7×7 (embeddings of 512, and for CRD 16,384 negatives from a bank of 50,000). *Peak* is what the process held beyond
-inputs and libraries, as a multiple of the two inputs; *time* is a multiple of ours, of {rounds} rounds in turn (of RKD's
-angles on whole maps, B³·D operations, one pass); other work ran beside it, so the milliseconds are no claim.
+inputs and libraries, as a multiple of the two inputs; *time* is a multiple of ours, of {rounds} rounds in turn
+(of RKD's angles on whole maps, B³·D operations, one pass); other work ran beside it, so the milliseconds are no claim.
 *Straightforward* is the formula as it stands, which gives our value on a small input. torchdistill {version} is beside
 it where it has the method; its FSP and correlation congruence take norms where ours are squares, and its similarity
 normalises by another norm, at the same cost. Forms whose largest tensor alone would take more than 3 GB were not run;
