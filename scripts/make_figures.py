@@ -23,8 +23,8 @@ thread for each process. 1,000 other training images choose the weights, and the
 at once in each cell. The teacher was trained by others on all 50,000 images. So short a training is far from
 what these students can reach: it compares the methods where data and time are short, and says nothing of long
 trainings. **Nothing was tuned for any method here**: weights and temperatures are the packaged recipes', which are
-published ones (of two that SemCKD's authors give, the one that did better in a short trial on Fashion-MNIST), and the
-layers are chosen automatically. First stages (hints, paraphrasers, boundaries, flows) are part of the six epochs. A
+published ones where such could be found (each method's page says what could not be checked; of two that SemCKD's
+authors give, the one that did better in one short trial on Fashion-MNIST), and the layers are chosen automatically. First stages (hints, paraphrasers, boundaries, flows) are part of the six epochs. A
 method that does not help here may do so with other weights or more time (`tutelage tune`).
 
 *Gain* is paired by seed, in percentage points; ± is half of the 95 % Student-t interval. *÷ alone* is the time
@@ -47,7 +47,7 @@ inputs and libraries, as a multiple of the two inputs; *time* is a multiple of o
 (of RKD's angles on whole maps, B³·D operations, one pass); other work ran beside it, so the milliseconds are no claim.
 *Straightforward* is the formula as it stands, which gives our value on a small input. torchdistill {version} is beside
 it where it has the method; its FSP and correlation congruence take norms where ours are squares, and its similarity
-normalises by another norm, at the same cost. Forms whose largest tensor alone would take more than 3 GB were not run;
+normalises by another norm. Forms whose largest tensor alone would take more than 3 GB were not run;
 its size stands in their place."""
 
 
