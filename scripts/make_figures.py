@@ -24,8 +24,9 @@ at once in each cell. The teacher was trained by others on all 50,000 images. So
 what these students can reach: it compares the methods where data and time are short, and says nothing of long
 trainings. **Nothing was tuned for any method here**: weights and temperatures are the packaged recipes', which are
 published ones where such could be found (each method's page says what could not be checked; of two that SemCKD's
-authors give, the one that did better in one short trial on Fashion-MNIST), and the layers are chosen automatically. First stages (hints, paraphrasers, boundaries, flows) are part of the six epochs. A
-method that does not help here may do so with other weights or more time (`tutelage tune`).
+authors give, the one that did better in one short trial on Fashion-MNIST), and the layers are chosen automatically.
+First stages (hints, paraphrasers, boundaries, flows) are part of the six epochs. A method that does not help here may
+do so with other weights or more time (`tutelage tune`).
 
 *Gain* is paired by seed, in percentage points; ± is half of the 95 % Student-t interval. *÷ alone* is the time
 of a training step divided by that of the student alone, timed in turn; *memory* is what the process held at
