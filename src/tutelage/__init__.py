@@ -72,7 +72,8 @@ from tutelage.knowledge.response.teacher_free_reg import TeacherFreeReg
 from tutelage.knowledge.response.wsld import WSLD
 from tutelage.record import Record
 from tutelage.schedule import Constant, Cosine, Ramp, Stage, StopAt, WarmUp
-from tutelage.schemes.online.deep_mutual_learning import Cohort, DeepMutualLearning
+from tutelage.schemes.online.cohort import Cohort, best_peer, evaluate_peers
+from tutelage.schemes.online.deep_mutual_learning import DeepMutualLearning
 from tutelage.schemes.self_distillation.be_your_own_teacher import BeYourOwnTeacher, ExitHint, Exits
 from tutelage.teachers import Frozen, Lesson, NoTeacher, Teacher
 from tutelage.training import Training
@@ -175,8 +176,10 @@ __all__ = [
     "TeacherFreeReg",
     "Training",
     "WarmUp",
+    "best_peer",
     "distill",
     "evaluate",
+    "evaluate_peers",
     "fake_quantize",
     "freeze_quantized",
     "functional",

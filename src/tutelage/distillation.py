@@ -18,7 +18,7 @@ from tutelage.knowledge.response.kd import KD
 from tutelage.knowledge.response.task import TaskLoss
 from tutelage.record import Record
 from tutelage.taps import Observer
-from tutelage.teachers import Frozen, NoTeacher, Teacher, as_teacher
+from tutelage.teachers import Frozen, Lesson, NoTeacher, Teacher, as_teacher
 from tutelage.views import Batch, SameView
 
 
@@ -92,6 +92,7 @@ class Distillation(nn.Module):
         for loss in losses:
             names = [loss.name, *(f"{loss.name}_{n}" for n in range(2, len(losses) + 2))]
             self.losses[next(name for name in names if name not in self.losses)] = loss
+        self.apart = nn.ModuleDict()  # of losses that own something: one more for each further pair of networks
         self.views = views or SameView()
         self.progress = 0.0
         self._learned: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
@@ -101,6 +102,11 @@ class Distillation(nn.Module):
     def terms(self) -> dict[str, Loss]:
         """The losses by their names in logs."""
         return {name: loss for name, loss in self.losses.items() if isinstance(loss, Loss)}
+
+    @property
+    def owned(self) -> nn.ModuleDict:
+        """The losses, with those that stand between further pairs of networks: everything that losses own."""
+        return nn.ModuleDict({"losses": self.losses, "apart": self.apart})
 
     @property
     def teacher(self) -> Teacher:
@@ -125,9 +131,8 @@ class Distillation(nn.Module):
         >>> bool((second.losses["FitNets"].regressors[0].weight == first.losses["FitNets"].regressors[0].weight).all())
         True
         """
-        for name, loss in self.terms.items():
-            before = earlier.terms.get(name)
-            if type(before) is type(loss):
+        for name, before in (*earlier.losses.items(), *earlier.apart.items()):
+            if type(before) is type(self.terms.get(name.split("@")[0])):
                 beside = {n: m.own_state() for n, m in before.named_modules() if isinstance(m, SideLearner)}
                 self._learned[name] = copy.deepcopy((dict(before.state_dict()), beside))
         return self
@@ -164,20 +169,9 @@ class Distillation(nn.Module):
                 reads_s = [s for loss in self.terms.values() for s, _ in loss.pairs]
                 reads_t = [t for loss in self.terms.values() if loss.needs_teacher for _, t in loss.pairs]
                 observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))
-                built: set[str] = set()
-                for lesson in self.teacher.lessons(batch, observer.dry_run(batch.student)):
-                    teacher = cast(Record, lesson.teacher)  # None only for losses that say they need no teacher
-                    for name, loss in self._applying(lesson.teacher):
-                        if name not in built:
-                            loss.build(lesson.student, teacher, batch)
-                            self._recall(name, loss.to(self.device).eval())
-                            built.add(name)
-                        loss.check(lesson.student, teacher, batch)
-                        loss(lesson.student, teacher, batch)
-                if idle := sorted(set(self.losses) - built):
-                    raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
+                self._build(self.teacher.lessons(batch, observer.dry_run(batch.student)), batch)
         finally:
-            self.losses.train(self.training)
+            self.owned.train(self.training)
         self.observer = observer
         return self
 
@@ -215,11 +209,32 @@ class Distillation(nn.Module):
         values: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, enabled=False):
             for lesson in lessons:
-                for name, loss in self._applying(lesson.teacher):
+                for name, loss in self._applying(lesson):
                     if weights[name]:
                         value = loss(lesson.student, lesson.teacher, batch) * lesson.weight
                         values[name] = values[name] + value if name in values else value
         return values, weights
+
+    def _build(self, lessons: list[Lesson], batch: Batch) -> None:
+        """Let each loss make what it owns, once for each pair of networks that it stands between."""
+        fresh = {name: copy.deepcopy(loss) for name, loss in self.terms.items() if _owns(loss)}
+        built: set[str] = set()
+        self.apart = nn.ModuleDict()
+        for lesson in lessons:
+            teacher = cast(Record, lesson.teacher)  # None only for losses that say they need no teacher
+            for name in (n for n, loss in self.terms.items() if lesson.teacher is not None or not loss.needs_teacher):
+                slot = f"{name}@{lesson.key}"
+                if name in built and name in fresh and slot not in built:
+                    self.apart[slot] = copy.deepcopy(fresh[name])
+                loss = self._of(name, lesson)
+                if not {name, slot} <= built:
+                    loss.build(lesson.student, teacher, batch)
+                    self._recall(slot if slot in self.apart else name, loss.to(self.device).eval())
+                    built |= {name, slot}
+                loss.check(lesson.student, teacher, batch)
+                loss(lesson.student, teacher, batch)
+        if idle := sorted(set(self.losses) - built):
+            raise ValueError(f"losses {idle} need a teacher, and {type(self.teacher).__name__} gives none")
 
     def units(self, raw: Any) -> dict[str, Tensor | int]:
         """What each term of this batch is a mean over, to combine several batches into one step."""
@@ -245,7 +260,8 @@ class Distillation(nn.Module):
 
     def side_learners(self) -> dict[str, SideLearner]:
         """Everything inside the losses that learns with an optimiser of its own."""
-        return {n: m for n, m in self.losses.named_modules() if isinstance(m, SideLearner)}
+        modules = (*self.losses.named_modules(), *self.apart.named_modules())
+        return {n: m for n, m in modules if isinstance(m, SideLearner)}
 
     @property
     def _input_gradients(self) -> bool:
@@ -264,8 +280,14 @@ class Distillation(nn.Module):
                     f"{name} cannot go on with what it learned in an earlier stage: {' '.join(str(error).split())}"
                 ) from error
 
-    def _applying(self, teacher: Record | None) -> Iterator[tuple[str, Loss]]:
-        return ((n, loss) for n, loss in self.terms.items() if teacher is not None or not loss.needs_teacher)
+    def _applying(self, lesson: Lesson) -> Iterator[tuple[str, Loss]]:
+        for name, loss in self.terms.items():
+            if lesson.teacher is not None or not loss.needs_teacher:
+                yield name, self._of(name, lesson)
+
+    def _of(self, name: str, lesson: Lesson) -> Loss:
+        slot = f"{name}@{lesson.key}"
+        return cast(Loss, self.apart[slot] if slot in self.apart else self.losses[name])
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
@@ -290,6 +312,11 @@ class Distillation(nn.Module):
                 )
             if loss.needs_teacher and isinstance(self.teacher, NoTeacher):
                 raise ValueError(f"{loss.name} needs a teacher, and there is none")
+
+
+def _owns(loss: Loss) -> bool:
+    """Whether a loss makes something of its own when it is bound: a projector, a critic, a memory."""
+    return type(loss).build is not Loss.build
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def fit(
     scheduler = training.make_scheduler(optimizer, total)
     accelerator.ddp_handler.find_unused_parameters = d.skips_parameters
     # Memories of losses are kept equal by their owners, and may be too large to broadcast at every step.
-    d._ddp_params_and_buffers_to_ignore = [f"losses.{n}" for n, _ in d.losses.named_buffers()]  # type: ignore
+    d._ddp_params_and_buffers_to_ignore = [n for n, _ in d.owned.named_buffers()]  # type: ignore
     model, optimizer = accelerator.prepare(d.train(), optimizer)
 
     saved = folder.load(accelerator) if folder and resume else None

@@ -24,11 +24,14 @@ class Lesson:
         teacher: the teacher's record, or ``None`` where somebody learns from the labels alone; losses that need a
             teacher pass such a lesson over.
         weight: of this lesson among the batch's lessons.
+        key: names the pair of networks where there are several, the same in every batch and without a dot. What a loss
+            owns (a projector, a critic, a memory) it owns once for each key.
     """
 
     student: Record
     teacher: Record | None
     weight: float = 1.0
+    key: str = ""
 
 
 class Teacher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -157,6 +157,18 @@ def read_batch(raw: Any) -> Batch:
 
 def _same(inputs: Inputs, labels: Tensor | None = None, ids: Tensor | None = None) -> Batch:
     return Batch(inputs, inputs, labels, ids)
+
+
+def example_inputs(example: Tensor | Mapping[str, Any] | Sequence[int], model: nn.Module) -> Inputs:
+    """What a model is called with, from a few inputs as a loader gives them or the shape of one without the batch axis.
+
+    >>> example_inputs((3, 32, 32), nn.Linear(1, 1)).args[0].shape
+    torch.Size([2, 3, 32, 32])
+    """
+    if isinstance(example, Sequence) and all(isinstance(n, int) for n in example):
+        parameter = next(model.parameters())
+        return Inputs((torch.zeros(2, *example, device=parameter.device, dtype=parameter.dtype),))
+    return read_batch(example).student
 
 
 def move(raw: Any, device: torch.device | str) -> Any:

@@ -15,7 +15,7 @@ from tutelage.distilling import distill
 from tutelage.evaluation import evaluate
 from tutelage.models import SmallCNN
 from tutelage.run import random_state
-from tutelage.schemes.online.deep_mutual_learning import Cohort
+from tutelage.schemes.online.cohort import Cohort
 from tutelage.schemes.self_distillation.be_your_own_teacher import Exits
 from tutelage.views import Paired
 

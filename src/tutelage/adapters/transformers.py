@@ -118,7 +118,7 @@ class DistillationMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in self.distillation.losses.named_parameters() if p.requires_grad and id(p) not in held]
+        missing = [n for n, p in self.distillation.owned.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
             raise ValueError(
                 f"optimizers: {missing} are not in the optimiser; call distillation.bind(batch) before making it"
@@ -220,7 +220,7 @@ class DistillationMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = {"losses": self.distillation.losses.state_dict(), **beside_state(self.distillation)}
+            state = {"owned": self.distillation.owned.state_dict(), **beside_state(self.distillation)}
             with replacing(Path(output_dir) / RESUME_FILE) as path:
                 torch.save(state, path)
 
@@ -229,7 +229,7 @@ class DistillationMixin(_Base):
         if checkpoint is not None:
             path = Path(checkpoint) / RESUME_FILE
             state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self.distillation.losses.load_state_dict(state["losses"])
+            self.distillation.owned.load_state_dict(state["owned"])
             load_beside_state(self.distillation, state)
 
 

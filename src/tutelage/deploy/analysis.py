@@ -185,7 +185,7 @@ def analyse(
 
 def _plain(model: nn.Module) -> nn.Module:
     """The one network among several, or inside another, whose answers count."""
-    from tutelage.schemes.online.deep_mutual_learning import Cohort
+    from tutelage.schemes.online.cohort import Cohort
     from tutelage.schemes.self_distillation.be_your_own_teacher import Exits
 
     if isinstance(model, Cohort):

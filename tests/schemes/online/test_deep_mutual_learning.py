@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tutelage import KD, Distillation, Loss, TaskLoss
-from tutelage.schemes.online.deep_mutual_learning import Cohort, CohortOutput, DeepMutualLearning
+from tutelage.schemes.online.cohort import Cohort, CohortOutput
+from tutelage.schemes.online.deep_mutual_learning import DeepMutualLearning
 from tutelage.taps import UnknownTap
 from tutelage.views import Batch
 

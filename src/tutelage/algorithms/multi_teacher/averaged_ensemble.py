@@ -51,15 +51,19 @@ def average_logits(
     """
     _check(average, temperature)
     shapes = [tuple(z.shape) for z in logits]
-    if len(set(shapes)) != 1:
+    if any(shape != shapes[0] for shape in shapes):  # no set of them: under torch.export sizes cannot be hashed
         counts = [z.shape[class_axis(z)] for z in logits]
         raise ValueError(
             f"members differ in classes: {counts}; an average needs the same classes"
-            if len(set(counts)) > 1
+            if any(count != counts[0] for count in counts)
             else f"members' logits differ in shape: {shapes}"
         )
     stacked = torch.stack([in_float32(z) for z in logits])
-    w = _normalised(weights, len(shapes)).to(stacked).reshape(-1, *[1] * len(shapes[0]))
+    w = (
+        torch.tensor(_normalised(weights, len(shapes)), dtype=torch.float64)
+        .to(stacked)
+        .reshape(-1, *[1] * len(shapes[0]))
+    )
     if average == "logits":
         return (w * stacked).sum(dim=0)
     axis = class_axis(logits[0])
@@ -74,14 +78,14 @@ def _check(average: str, temperature: float) -> None:
         raise ValueError(f"temperature={temperature}: expected a positive number")
 
 
-def _normalised(weights: Sequence[float] | Tensor | None, members: int) -> Tensor:
+def _normalised(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:
+    """In plain numbers, which torch.export can follow."""
     if weights is None:
-        return torch.full((members,), 1 / members, dtype=torch.float64)
-    w = torch.as_tensor(weights, dtype=torch.float64)
-    total = float(w.sum())
-    if w.shape != (members,) or bool((w < 0).any()) or not math.isfinite(total) or total <= 0:
-        raise ValueError(f"weights={w.tolist()}: expected {members} numbers >= 0, not all 0, one for each member")
-    return w / total
+        return [1 / members] * members
+    w = weights.tolist() if isinstance(weights, Tensor) else [float(value) for value in weights]
+    if len(w) != members or min(w) < 0 or not math.isfinite(sum(w)) or sum(w) <= 0:
+        raise ValueError(f"weights={w}: expected {members} numbers >= 0, not all 0, one for each member")
+    return [value / sum(w) for value in w]
 
 
 @method(
@@ -138,7 +142,7 @@ class AveragedEnsemble(nn.Module):
                 raise TypeError(f"members[{i}]: expected an nn.Module, got {type(member).__name__}")
         _check(average, temperature)
         self.members = nn.ModuleList(networks)
-        self.weights = _normalised(weights, len(networks)).tolist()
+        self.weights = _normalised(weights, len(networks))
         self.average: Average = average
         self.temperature = temperature
 

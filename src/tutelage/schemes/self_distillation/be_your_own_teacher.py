@@ -18,7 +18,7 @@ from tutelage.record import Record, in_float32
 from tutelage.schedule import Weight
 from tutelage.taps import Observer, UnknownTap, embedding, expand
 from tutelage.teachers import Lesson, Teacher
-from tutelage.views import Batch, Inputs, read_batch
+from tutelage.views import Batch, Inputs, example_inputs
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Exits(nn.Module):
         super().__init__()
         if isinstance(at, str) or not at:
             raise ValueError(f"at={at!r}: expected a list of addresses with at least one exit")
-        inputs = _example(example, model)
+        inputs = example_inputs(example, model)
         self.at = [address for text in at for address in expand(model, text)]
         # Looked at in train mode, where in-place dropout may overwrite a tap; on a copy, whose statistics may move.
         probe = copy.deepcopy(model).train()
@@ -108,13 +108,6 @@ class Exits(nn.Module):
         features = [b(record[a].to(dtype)) for a, b in zip(self.at, self.bottlenecks, strict=True)]
         exits = [c(f) for c, f in zip(self.classifiers, features, strict=True)]
         return ExitsOutput(record.logits, exits, features, record[self.feature_address])
-
-
-def _example(example: Any, model: nn.Module) -> Inputs:
-    if isinstance(example, Sequence) and all(isinstance(n, int) for n in example):
-        parameter = next(model.parameters())
-        return Inputs((torch.zeros(2, *example, device=parameter.device, dtype=parameter.dtype),))
-    return read_batch(example).student
 
 
 def _bottleneck(address: str, tapped: Tensor, channels: int, width: int) -> nn.Module:
@@ -274,8 +267,8 @@ class BeYourOwnTeacher(Teacher):
         deepest = Record(said.logits, {"@feature": in_float32(said.feature)})
         target = deepest.detach()
         shallow = [
-            Lesson(Record(logits, {"@feature": in_float32(feature)}), target)
-            for logits, feature in zip(said.exits, said.features, strict=True)
+            Lesson(Record(logits, {"@feature": in_float32(feature)}), target, key=f"exit_{i}")
+            for i, (logits, feature) in enumerate(zip(said.exits, said.features, strict=True))
         ]
         # TaskLoss weighs 1−α for everybody; the deepest exit, which has no teacher, learns from the labels fully.
-        return [Lesson(deepest, None, weight=1 / (1 - self.alpha)), *shallow]
+        return [Lesson(deepest, None, 1 / (1 - self.alpha), key="deepest"), *shallow]
