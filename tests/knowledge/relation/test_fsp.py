@@ -154,3 +154,21 @@ def test_gradients_reach_both_of_the_students_layers_and_none_of_the_teachers():
     fsp(layers[:2], layers[2:]).backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in layers[:2])
     assert all(x.grad is None for x in layers[2:])
+
+
+def test_in_chunks_of_samples_it_is_the_same(monkeypatch):
+    from tutelage.knowledge.relation import fsp as module
+
+    torch.manual_seed(0)
+    teacher = [torch.randn(5, 3, 6, 6), torch.randn(5, 4, 3, 3)]
+    results = []
+    for numbers in (2**23, 24, 1):  # all samples at once, two, one
+        monkeypatch.setattr(module, "CHUNK_NUMBERS", numbers)
+        torch.manual_seed(1)
+        student = [torch.randn(5, 3, 4, 4, requires_grad=True), torch.randn(5, 4, 4, 4, requires_grad=True)]
+        value = fsp(student, teacher)
+        value.backward()
+        results.append([value.detach(), *(x.grad for x in student)])
+    for other in results[1:]:
+        for mine, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(mine, theirs)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -181,3 +182,32 @@ def test_training_carries_the_teachers_geometry_over():
         d(inputs).total.backward()
         optimizer.step()
     assert correlation() > max(0.9, before)
+
+
+def naive_cosines(rows):
+    sides = rows.unsqueeze(0) - rows.unsqueeze(1)
+    norm = sides.norm(dim=-1, keepdim=True)
+    sides = sides / norm.masked_fill(norm == 0, torch.inf)
+    return sides @ sides.mT
+
+
+@pytest.mark.parametrize("spoil", [None, "equal rows", "all equal", "zeros"])
+def test_wide_embeddings_have_the_angles_and_gradients_of_their_own_space(spoil):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 50) + 3, torch.randn(6, 5, 3, 2)
+    if spoil == "equal rows":
+        student[3], teacher[5] = student[1], teacher[0]
+    elif spoil:
+        student = torch.ones(6, 50) / 3 if spoil == "all equal" else torch.zeros(6, 50)
+    mine, naive = (student.clone().requires_grad_() for _ in range(2))
+    value = rkd_angle(mine, teacher)
+    expected = F.smooth_l1_loss(naive_cosines(naive), naive_cosines(teacher.flatten(1)))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    value.backward()
+    if spoil is None:  # the naive form's gradient at a distance of 0 is not a number
+        expected.backward()
+        torch.testing.assert_close(mine.grad, naive.grad, rtol=1e-4, atol=1e-7)
+    assert mine.grad.isfinite().all()
+    if spoil in ("all equal", "zeros"):
+        assert mine.grad.abs().max() == 0

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tutelage.catalogue import method
 from tutelage.knowledge.base import Loss, Tap
@@ -23,6 +24,8 @@ from tutelage.schedule import Weight
 from tutelage.views import Batch
 
 Pool = Literal["max", "average"]
+CHUNK_NUMBERS = 2**23
+"""How many numbers (32 MiB of float32) of FSP matrices :func:`fsp` holds at once, about."""
 
 
 def fsp_matrix(first: Tensor, second: Tensor, pool: Pool = "max") -> Tensor:
@@ -72,7 +75,8 @@ def fsp(student_pair: Layers, teacher_pair: Layers, pool: Pool = "max") -> Tenso
     Raises:
         ValueError: different numbers of samples or channels (project the student's first), or an unknown ``pool``.
 
-    Memory: C·D numbers per sample beside the features.
+    Memory: C·D numbers beside the features for each sample of a chunk, about ``CHUNK_NUMBERS`` at once; where there are
+    several chunks, each is calculated again in the backward pass.
 
     Yim, Joo, Bae, Kim 2017, "A Gift from Knowledge Distillation",
     https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
@@ -83,13 +87,26 @@ def fsp(student_pair: Layers, teacher_pair: Layers, pool: Pool = "max") -> Tenso
     """
     (first_s, second_s), (first_t, second_t) = student_pair, teacher_pair
     same_samples(first_s, first_t)
-    g_s, g_t = fsp_matrix(first_s, second_s, pool), fsp_matrix(first_t.detach(), second_t.detach(), pool)
-    if g_s.shape != g_t.shape:
+    shape_s, shape_t = ((as_map(a).shape[1], as_map(b).shape[1]) for a, b in (student_pair, teacher_pair))
+    if shape_s != shape_t:
         raise ValueError(
-            f"the student's layers have {tuple(g_s.shape[1:])} channels and the teacher's {tuple(g_t.shape[1:])}: "
+            f"the student's layers have {shape_s} channels and the teacher's {shape_t}: "
             "FSP matrices are compared entry by entry; project the student's layers to the teacher's channels"
         )
-    return (g_s - g_t).square().mean()
+    entries = shape_s[0] * shape_s[1]
+    chunk = max(1, CHUNK_NUMBERS // entries)
+    layers = (first_s, second_s, first_t.detach(), second_t.detach())
+    if len(first_s) <= chunk or not torch.is_grad_enabled():
+        total = _squares(*layers, pool)
+    else:
+        parts = zip(*(layer.split(chunk) for layer in layers), strict=True)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        total = torch.stack([checkpoint(_squares, *part, pool, **again) for part in parts]).sum()
+    return total / (len(first_s) * entries)
+
+
+def _squares(first_s: Tensor, second_s: Tensor, first_t: Tensor, second_t: Tensor, pool: Pool) -> Tensor:
+    return (fsp_matrix(first_s, second_s, pool) - fsp_matrix(first_t, second_t, pool)).square().sum()
 
 
 @method(

@@ -73,8 +73,11 @@ def rkd_angle(student: Tensor, teacher: Tensor, chunk: int | None = None) -> Ten
     Raises:
         ValueError: different numbers of samples, or a ``chunk`` below 1.
 
-    Memory: chunk · B · (D_s + D_t + 2B), in the backward pass too, where each chunk is calculated again if there are
-    several; never B³.
+    Embeddings of more than B numbers are first turned into the space that the batch spans, which changes no angle, so
+    the time grows with B³·min(D, B) and not with B³·D.
+
+    Memory: chunk · B · (min(D_s, B) + min(D_t, B) + 2B), in the backward pass too, where each chunk is calculated again
+    if there are several; never B³. Where D > B, a copy of the embeddings in float64.
 
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068
 
@@ -85,22 +88,43 @@ def rkd_angle(student: Tensor, teacher: Tensor, chunk: int | None = None) -> Ten
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
     student, teacher = _rows(student, teacher)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    student, teacher = _compact(student), _compact(teacher)
     size = len(student)
     per_vertex = size * (student.shape[1] + teacher.shape[1] + 2 * size)
     chunk = min(size, chunk or max(1, CHUNK_NUMBERS // max(1, per_vertex)))
     parts = []
     for vertices in torch.arange(size, device=student.device).split(chunk):
         if chunk < size and torch.is_grad_enabled():
-            args = (student, teacher, vertices)
+            args = (student, teacher, vertices, dtype)
             parts.append(checkpoint(_angles, *args, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_angles(student, teacher, vertices))
+            parts.append(_angles(student, teacher, vertices, dtype))
     return torch.stack(parts).sum() / size**3
 
 
-def _angles(student: Tensor, teacher: Tensor, vertices: Tensor) -> Tensor:
+def _compact(rows: Tensor) -> Tensor:
+    """Rows with the same inner products of their differences, but of at most B numbers.
+
+    They are X·Q with an orthonormal basis Q of the centred rows, which is held fixed: the gradient (df/d(XQ))·Qᵀ is
+    then exact, as that of a function of differences lies in their span. In float64, where rows that differ little
+    still do.
+    """
+    size, width = rows.shape
+    if width <= size or rows.device.type == "mps":  # which has no float64
+        return rows
+    wide = rows.double()
+    basis, _ = torch.linalg.qr((wide - wide.mean(0)).detach().T)
+    return (wide - wide.mean(0).detach()) @ basis
+
+
+def _angles(student: Tensor, teacher: Tensor, vertices: Tensor, dtype: torch.dtype) -> Tensor:
     def cosines(rows: Tensor) -> Tensor:
-        sides = unit_rows(rows - rows[vertices].unsqueeze(1))
+        sides = rows - rows[vertices].unsqueeze(1)
+        if rows.dtype is torch.float64:  # of rows that were equal, what the turning left of their difference
+            length = sides.detach().norm(dim=-1, keepdim=True)
+            sides = sides.masked_fill(length <= 1e-12 * rows.detach().abs().max(), 0.0)
+        sides = unit_rows(sides).to(dtype)
         return sides @ sides.mT
 
     return F.smooth_l1_loss(cosines(student), cosines(teacher), reduction="sum")
