@@ -498,9 +498,7 @@ def test_weights_are_read_as_plain_tensors_only(recipe, tmp_path):
 # Fields that go together
 
 
-@pytest.mark.parametrize(
-    "field", ["teacher_weights=a.safetensors", "teacher_training.epochs=1", "assistants=[SmallCNN]"]
-)
+@pytest.mark.parametrize("field", ["teacher_weights=a.safetensors", "teacher_training.epochs=1"])
 def test_a_field_for_a_teacher_needs_one(recipe, field):
     with pytest.raises(RecipeError, match=f"{field.split('=')[0].split('.')[0]}: .*no teacher"):
         load(recipe({("teacher",): None}), [field])()
@@ -524,7 +522,7 @@ def test_folders_of_a_trained_teacher_and_assistants(recipe, tmp_path):
     with pytest.raises(FileExistsError, match="teacher already holds a run"):
         load(recipe(), changes)()
     changes[-1] = f"out={tmp_path / 'chain'}"
-    load(recipe({("assistants",): [node("SmallCNN", width=3)]}), changes)()
+    load(recipe({("procedure",): node("teacher_assistant", assistants=[node("SmallCNN", width=3)])}), changes)()
     assert sorted(p.name for p in (tmp_path / "chain").iterdir()) == ["assistant-1", "student", "teacher"]
     load(recipe(), [f"out={tmp_path / 'plain'}"])()
     with pytest.raises(FileExistsError, match="choose another folder"):

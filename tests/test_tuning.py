@@ -245,7 +245,8 @@ def test_of_stages_only_the_last_is_reported(study):
 
 
 def test_of_a_chain_only_the_student_is_reported(study, toy):
-    fields = {"assistants": [{"class_path": "toy_points.Student", "init_args": {"width": 8}}]}
+    assistant = {"class_path": "toy_points.Student", "init_args": {"width": 8}}
+    fields = {"procedure": {"class_path": "teacher_assistant", "init_args": {"assistants": [assistant]}}}
     tuned = study("weights", trials=2, fields=fields)
     assert [list(values) for values in reported(tuned)] == [[0, 1, 2, 3]] * 2
     assert [t.epochs for t in tuned.trials] == [4, 4]  # the student's alone

@@ -136,7 +136,11 @@ class RunFolder:
             for name, size in sizes.items():
                 if (there := (found[-1] / name).stat().st_size) != size:
                     raise OSError(f"{found[-1] / name} has {there} bytes and not {size}")
-            accelerator.load_state(str(found[-1]))
+            hook = accelerator.register_load_state_pre_hook(_load_models)
+            try:
+                accelerator.load_state(str(found[-1]))
+            finally:
+                hook.remove()
             own = found[-1] / f"own-{accelerator.process_index}.pt"
             return torch.load(own, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -198,10 +202,10 @@ def write_json(path: Path, value: Any) -> None:
         beside.write_text(json.dumps(value, indent=1))
 
 
-def write_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state dict as safetensors, whole or not at all."""
+def write_weights(path: Path, state: dict[str, Tensor], **about: str) -> None:
+    """Write a state dict as safetensors, whole or not at all, with what is known ``about`` it inside."""
     with replacing(path) as beside:
-        save_file(_unshared(state), beside, metadata={"format": "pt"})
+        save_file(_unshared(state), beside, metadata={"format": "pt", **about})
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -221,6 +225,23 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             for tensor in module.parametrizations:  # type: ignore[union-attr]
                 state[f"{prefix}{tensor}"] = getattr(module, tensor).detach()
     return state
+
+
+def _load_models(models: list[nn.Module], folder: str) -> None:
+    """What accelerate would do with the models, which it then finds done, for modules that are shared as well.
+
+    A tensor with several names (of branches on one trunk) is in the file under one of them. The loader of safetensors
+    calls the other names of a batch-norm's counter unexpected.
+    """
+    for i, model in enumerate(models):
+        state = load_file(Path(folder) / f"model{f'_{i}' if i else ''}.safetensors")
+        mine = model.state_dict()
+        written = {mine[name].data_ptr(): value for name, value in state.items() if name in mine}
+        for name, tensor in mine.items():
+            if name not in state and tensor.numel() and tensor.data_ptr() in written:
+                state[name] = written[tensor.data_ptr()]
+        model.load_state_dict(state)
+    models.clear()
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

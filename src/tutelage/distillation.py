@@ -256,7 +256,8 @@ class Distillation(nn.Module):
         """Whether a step may leave parameters without gradient (nobody reads the logits, a weight that falls to 0)."""
         logits = any(mine == "@logits" for loss in self.terms.values() for mine, _ in loss.pairs)
         changing = any(callable(loss.weight) for loss in self.terms.values())
-        return not logits or changing or self._input_gradients  # a gradient by the inputs knows no last bias
+        # A gradient by the inputs knows no last bias; of several teachers some may be silent in a step.
+        return not logits or changing or self._input_gradients or len(self.apart) > 0
 
     def side_learners(self) -> dict[str, SideLearner]:
         """Everything inside the losses that learns with an optimiser of its own."""

@@ -25,7 +25,7 @@ from tutelage.schedule import Stage
 from tutelage.tasks import Figures, task_of
 from tutelage.teachers import Frozen, NoTeacher, Teacher, as_teacher
 from tutelage.training import Training
-from tutelage.views import Batch, Inputs, SameView
+from tutelage.views import Batch, Inputs, judging
 
 if TYPE_CHECKING:
     from tutelage.deploy.export import Exported
@@ -329,7 +329,7 @@ def _example(
         return caught[0]
 
     with torch.random.fork_rng():
-        batch = (views or SameView())(next(iter(data)))
+        batch = judging(views)(next(iter(data)))
         mine, theirs = taken(student, batch.student), taken(teacher, batch.teacher) if teacher is not None else None
         # a single named input that the student does not know is given by position
         args = batch.student.args or (tuple(batch.student.kwargs.values()) if mine.args else ())

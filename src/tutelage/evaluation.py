@@ -15,7 +15,7 @@ from torch import nn
 from tutelage.knowledge.base import classes_last
 from tutelage.record import in_float32, logits_of
 from tutelage.tasks import Figures, Task, task_of
-from tutelage.views import UNLABELLED, Batch, SameView, move
+from tutelage.views import UNLABELLED, Batch, judging, move
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def evaluate_together(
     models = {**students, **({"teacher": teacher} if teacher is not None else {})}
     first = next(iter(models.values()))
     device = device or next(first.parameters()).device
-    views = views or SameView()
+    views = judging(views)
     world, rank = _world()
     if getattr(loader, "world_size", 1) > 1:
         world, rank = 1, 0  # the loader itself gives each process its share

@@ -5,6 +5,8 @@ The student's tensor comes first, the teacher's second; no gradient flows to the
 
 from tutelage.algorithms.adversarial.logit_critic import critic_term, fooling_term
 from tutelage.algorithms.multi_teacher.averaged_ensemble import average_logits
+from tutelage.architecture.res_kd import residual_energy
+from tutelage.architecture.residual_kd import residual_error
 from tutelage.knowledge.feature.activation_boundary import activation_boundary
 from tutelage.knowledge.feature.attention_transfer import attention_map, attention_transfer
 from tutelage.knowledge.feature.cat_kd import class_activation_maps, class_attention
@@ -43,31 +45,46 @@ from tutelage.knowledge.relation.similarity_preserving import similarity_preserv
 from tutelage.knowledge.relation.sskd import copy_contrast, similarity_divergence
 from tutelage.knowledge.relation.svd_transfer import singular_value
 from tutelage.knowledge.response.conditional_kd import conditional_kd
+from tutelage.knowledge.response.cwtm import confidence_weighted
 from tutelage.knowledge.response.detection_loss import detection_loss
 from tutelage.knowledge.response.detection_response import bounded_box_regression, detection_classes
 from tutelage.knowledge.response.dist import dist
 from tutelage.knowledge.response.dkd import decoupled_kd
+from tutelage.knowledge.response.dkpp import permuted_kd, permuted_prediction
 from tutelage.knowledge.response.generalized_jsd import generalized_jsd
 from tutelage.knowledge.response.heatmap_response import heatmap_response
+from tutelage.knowledge.response.in_chunks import chunked
 from tutelage.knowledge.response.kd import kd_divergence
 from tutelage.knowledge.response.label_smoothing import label_smoothing
 from tutelage.knowledge.response.logit_regression import logit_regression
 from tutelage.knowledge.response.logit_std import logit_standardization
 from tutelage.knowledge.response.nkd import normalized_kd
 from tutelage.knowledge.response.noisy_teacher import noisy_logits
+from tutelage.knowledge.response.skew_kl import skew_kl
 from tutelage.knowledge.response.task import task_cross_entropy
 from tutelage.knowledge.response.teacher_free_reg import teacher_free, virtual_teacher
+from tutelage.knowledge.response.top_k_kd import top_k_divergence, top_k_kd
+from tutelage.knowledge.response.total_variation import total_variation
 from tutelage.knowledge.response.wsld import weighted_soft_labels
+from tutelage.schemes.online.adversarial_online import least_squares_critic, least_squares_fooling
+from tutelage.schemes.online.kdcl import error_correlation, general_weights, linear_weights, min_logit, naive_weights
+from tutelage.schemes.online.okddip import attended_divergence, peer_attention
+from tutelage.schemes.online.one import gated_logits
 from tutelage.schemes.self_distillation.be_your_own_teacher import hint_distance
+from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
+from tutelage.schemes.self_distillation.ema import consistency
+from tutelage.schemes.self_distillation.self_attention import attention_mimicry
 
 __all__ = [
     "absolute_teacher",
     "activation_boundary",
     "aggregate",
     "aggregated_hint",
+    "attended_divergence",
     "attention_divergence",
     "attention_graph_divergence",
     "attention_map",
+    "attention_mimicry",
     "attention_transfer",
     "average_logits",
     "batch_norm_margin",
@@ -75,10 +92,13 @@ __all__ = [
     "bridge_loss",
     "calibrated_hint",
     "channel_wise",
+    "chunked",
     "class_activation_maps",
     "class_attention",
     "class_information",
     "conditional_kd",
+    "confidence_weighted",
+    "consistency",
     "contrastive_nce",
     "copy_contrast",
     "correlation_congruence",
@@ -88,6 +108,7 @@ __all__ = [
     "detection_classes",
     "detection_loss",
     "dist",
+    "error_correlation",
     "factor_transfer",
     "feature_alignment",
     "feature_consistency",
@@ -96,6 +117,8 @@ __all__ = [
     "fooling_term",
     "fsp",
     "fsp_matrix",
+    "gated_logits",
+    "general_weights",
     "generalized_jsd",
     "generation_distance",
     "graph_edges",
@@ -112,31 +135,46 @@ __all__ = [
     "jacobian_matching",
     "kd_divergence",
     "label_smoothing",
+    "least_squares_critic",
+    "least_squares_fooling",
+    "linear_weights",
     "locality_preserving",
     "logit_graph",
     "logit_regression",
     "logit_standardization",
     "match_layers",
+    "mean_embedding_distance",
+    "min_logit",
+    "naive_weights",
     "neighbour_graph",
     "neuron_selectivity",
     "noisy_logits",
     "normalized_kd",
     "orthogonal_penalty",
     "partial_l2",
+    "peer_attention",
+    "permuted_kd",
+    "permuted_prediction",
     "pkt",
     "position_exclusivity",
     "random_mask",
     "relative_teacher",
     "representation_graph",
+    "residual_energy",
+    "residual_error",
     "rkd_angle",
     "rkd_distance",
     "similarity_divergence",
     "similarity_preserving",
     "singular_value",
+    "skew_kl",
     "softmax_regression",
     "task_cross_entropy",
     "task_feature_distance",
     "teacher_free",
+    "top_k_divergence",
+    "top_k_kd",
+    "total_variation",
     "variational_information",
     "virtual_teacher",
     "weighted_soft_labels",

@@ -23,7 +23,8 @@ import torch
 import yaml
 from torch import nn
 
-from tutelage.architecture.teacher_assistant import teacher_assistant
+from tutelage import procedures
+from tutelage.architecture.builders import StudentBuilder, derived
 from tutelage.building import Builder, RecipeError
 from tutelage.data.loaders import Loaders
 from tutelage.distilling import Result, distill
@@ -50,15 +51,14 @@ class Source(Protocol):
 
 
 def distil_recipe(
-    student: nn.Module,
+    student: nn.Module | StudentBuilder,
     data: Loaders,
     teacher: nn.Module | Teacher | None = None,
     losses: list[Loss] | None = None,
     stages: list[Stage] | None = None,
     views: Callable[[Any], Batch] | None = None,
     source: Source | None = None,
-    assistants: list[nn.Module] | None = None,
-    assistant_losses: list[Loss] | None = None,
+    procedure: Callable[..., list[Result]] | None = None,
     training: Training | None = None,
     teacher_training: Training | None = None,
     student_weights: str | None = None,
@@ -73,15 +73,15 @@ def distil_recipe(
     """Distil as a recipe says.
 
     Args:
-        student: the model that learns.
+        student: the model that learns, or a builder that makes it of the teacher when that is trained and loaded.
         data: training, validation and test batches.
         teacher: the model that teaches; none trains the student alone.
         losses: what is transferred; by default 0.1 · task + 0.9 · KD.
         stages: instead of losses, several trainings one after the other.
         views: what each of the two models sees of a batch.
         source: makes the training batches instead of the data's own (data-free methods).
-        assistants: models between teacher and student, largest first (teacher-assistant chain).
-        assistant_losses: what is transferred to the assistants, if that is something else than to the student.
+        procedure: instead of one training several, one after the other (:mod:`tutelage.procedures`), whose last result
+            counts; such as ``teacher_assistant`` with its own arguments.
         training: length, optimiser, precision and the like; its seed is the recipe's.
         teacher_training: train the teacher on the labels first, with these settings; a ``RouteConstrained`` teacher
             without anchors takes them from it.
@@ -102,12 +102,11 @@ def distil_recipe(
             raise RecipeError(f"{field}: the recipe has no teacher network for it")
         return found
 
-    if assistant_losses and not assistants:
-        raise RecipeError("assistant_losses: the recipe has no assistants for them")
-    if assistants and control:
-        raise RecipeError("control: not with assistants; run the student alone as a recipe without a teacher")
-    if student_weights:
-        load_weights(student, student_weights)
+    if procedure and control:
+        raise RecipeError("control: not with a procedure; run the student alone as a recipe without a teacher")
+    if isinstance(student, StudentBuilder):
+        student.check()
+        network("student")
     if teacher_weights:
         load_weights(network("teacher_weights"), teacher_weights)
     folders: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
@@ -124,18 +123,17 @@ def distil_recipe(
         learned = distill(taught, None, data.train, data.validation, training=settings, out=where, **folders)
         if isinstance(teacher, RouteConstrained) and routed:
             teacher.follow(learned.runs[-1])
-        main = str(Path(out) / "student") if out and not assistants else out
+        main = str(Path(out) / "student") if out and procedure is None else out
+    if isinstance(student, StudentBuilder):
+        student = derived(student, network("student"), data.train, views, seed)
+    if student_weights:
+        load_weights(student, student_weights)
     common: dict[str, Any] = {"test": data.test, "views": views, "training": training, "out": main, **folders}
     common["after_epoch"] = after_epoch
     common |= {"losses": losses, "stages": stages}
     train = source if source is not None else data.train
-    if assistants:
-        alone = network("assistants")
-        first = teacher if isinstance(teacher, Teacher) else alone  # a role says how its network teaches
-        chain = teacher_assistant(
-            student, assistants, first, train, data.validation, assistant_losses=assistant_losses, **common
-        )
-        return chain[-1]
+    if procedure:
+        return procedure(student=student, teacher=teacher, train=train, validation=data.validation, **common)[-1]
     return distill(student, teacher, train, data.validation, control=control, **common)
 
 
@@ -170,7 +168,33 @@ def load(
     except RecursionError:
         what = "fields" if isinstance(text, dict) else text
         raise RecipeError(f"recipe {what}: a part of it contains itself, or it is nested too deeply") from None
+    if keywords.get("procedure") is not None:
+        _check_procedure(keywords)
     return functools.partial(distil_recipe, **keywords)
+
+
+def student_network(keywords: dict[str, Any]) -> nn.Module:
+    """The network that learns, of a recipe's built fields: a builder's student is of the teacher with its weights."""
+    student, teacher = keywords["student"], keywords.get("teacher")
+    if not isinstance(student, StudentBuilder):
+        return student
+    teacher = teacher.module if isinstance(teacher, Frozen) else teacher
+    if not isinstance(teacher, nn.Module):
+        raise RecipeError("student: the recipe has no teacher network for it")
+    if keywords.get("teacher_weights"):
+        load_weights(teacher, keywords["teacher_weights"])
+    return derived(student, teacher, keywords["data"].train, keywords.get("views"), keywords.get("seed", 0))
+
+
+def _check_procedure(keywords: dict[str, Any]) -> None:
+    """Refuse a procedure's arguments now, and not when a teacher was trained for it."""
+    try:
+        procedures.check(keywords["procedure"])
+        if isinstance(keywords["student"], nn.Module):  # it may be made of the trained teacher
+            procedures.lay_out(keywords["procedure"], procedures.setting_of(keywords))
+    except ValueError as error:
+        text = str(error)
+        raise RecipeError(text if text.startswith("procedure") else f"procedure: {text}") from None
 
 
 COMPARED = "in_comparison"  # a field for :mod:`tutelage.comparison`: what of a recipe makes the method on another pair

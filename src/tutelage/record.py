@@ -69,6 +69,19 @@ class Record:
         except KeyError:
             raise KeyError(f"{address!r} was not tapped; tapped: {', '.join(self.taps) or 'nothing'}") from None
 
+    def rows(self, index: slice | Tensor) -> Record:
+        """What was said about some of the samples; logits and tapped tensors have a row for each sample.
+
+        >>> Record(torch.arange(6).reshape(3, 2)).rows(slice(1, 3)).logits
+        tensor([[2, 3],
+                [4, 5]])
+        """
+        logits = logits_of(self.output)
+        return Record(
+            output=None if logits is None else logits[index],
+            taps={address: value[index] for address, value in self.taps.items()},
+        )
+
     def detach(self) -> Record:
         """The same record outside the autograd graph (what a peer or an exit says to another)."""
         logits = logits_of(self.output)

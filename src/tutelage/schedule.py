@@ -54,6 +54,26 @@ class WarmUp:
 
 
 @dataclass(frozen=True)
+class RampUp:
+    """From nearly 0 up to ``weight`` at ``until`` as weight·exp(−5·(1 − p/until)²), slow at both ends; then constant.
+
+    It is what methods with a teacher that learns too begin with (Laine & Aila 2017, https://arxiv.org/abs/1610.02242).
+
+    >>> [round(RampUp(2.0, until=0.5)(p), 3) for p in (0.0, 0.25, 0.5, 1.0)]
+    [0.013, 0.573, 2.0, 2.0]
+    """
+
+    weight: float
+    until: float
+
+    def __post_init__(self) -> None:
+        _fraction("until", self.until)
+
+    def __call__(self, progress: float) -> float:
+        return self.weight if progress >= self.until else self.weight * math.exp(-5 * (1 - progress / self.until) ** 2)
+
+
+@dataclass(frozen=True)
 class Ramp:
     """Linearly from ``start`` to ``end`` over the whole training.
 
@@ -102,7 +122,25 @@ class StopAt:
         return self.weight if progress < self.at else 0.0
 
 
-Schedule = Constant | WarmUp | Ramp | Cosine | StopAt | Callable[[float], float]
+@dataclass(frozen=True)
+class StartAt:
+    """0 until ``at``, then ``weight``: a term that needs a student who has learned something already.
+
+    >>> StartAt(0.1, at=2 / 3)(0.66), StartAt(0.1, at=2 / 3)(0.67)
+    (0.0, 0.1)
+    """
+
+    weight: float
+    at: float
+
+    def __post_init__(self) -> None:
+        _fraction("at", self.at)
+
+    def __call__(self, progress: float) -> float:
+        return self.weight if progress >= self.at else 0.0
+
+
+Schedule = Constant | WarmUp | RampUp | Ramp | Cosine | StopAt | StartAt | Callable[[float], float]
 Weight = float | Schedule
 
 

@@ -16,7 +16,7 @@ from tutelage.errors import nearest, require
 from tutelage.evaluation import evaluating
 from tutelage.knowledge.base import Loss
 from tutelage.knowledge.response.task import TaskLoss
-from tutelage.recipe import parse_yaml
+from tutelage.recipe import parse_yaml, student_network
 from tutelage.teachers import Frozen, as_teacher
 from tutelage.views import SameView
 
@@ -242,7 +242,7 @@ def _layers(nodes: list[tuple[str, dict[str, Any]]], built: dict[str, Any]) -> l
     role = as_teacher(built.get("teacher"))
     if not isinstance(role, Frozen):
         raise ValueError("search layers: the recipe has no teacher network whose layers could be paired")
-    student, teacher = built["student"], role.module
+    student, teacher = student_network(built), role.module
     batch = (built.get("views") or SameView())(next(iter(built["data"].train)))
     found = []
     with evaluating(student, teacher):

@@ -66,8 +66,17 @@ class Inputs:
         tensor([2.])
         """
 
+        return self.each(lambda x: change(x) if x.is_floating_point() else x)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same arguments with ``change`` applied to every tensor.
+
+        >>> Inputs((torch.ones(1, dtype=torch.long),), {"scale": 2}).each(lambda x: x + 1)
+        Inputs(args=(tensor([2]),), kwargs={'scale': 2})
+        """
+
         def apply(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return change(value) if isinstance(value, Tensor) else value
 
         return Inputs(tuple(apply(a) for a in self.args), {k: apply(v) for k, v in self.kwargs.items()})
 
@@ -194,6 +203,17 @@ class SameView:
 
     def __call__(self, raw: Any) -> Batch:
         return read_batch(raw)
+
+
+def judging(views: Callable[[Any], Batch] | None) -> Callable[[Any], Batch]:
+    """The view under which a model is judged, which is the one it learns with unless that has another in ``judging``.
+
+    A view that distorts batches so that they teach something has; one that says what a model will be given has not.
+
+    >>> type(judging(None)).__name__
+    'SameView'
+    """
+    return getattr(views, "judging", views) or SameView()
 
 
 class Paired:

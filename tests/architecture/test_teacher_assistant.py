@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tutelage import KD, Frozen, Stage, TaskLoss
-from tutelage.architecture import teacher_assistant as module
+from tutelage import KD, DeepMutualLearning, Frozen, Stage, TaskLoss, procedures
 from tutelage.architecture.teacher_assistant import teacher_assistant
 from tutelage.catalogue import methods
 
@@ -21,14 +20,14 @@ def network(width: int) -> nn.Module:
 
 @pytest.fixture
 def legs(monkeypatch):
-    """Every call of distill, without training; the result's student is a new network, as weights may be reloaded."""
+    """Every call of distill, without training."""
     calls = []
 
     def stand_in(student, teacher, train, validation, **arguments):
         calls.append(SimpleNamespace(student=student, teacher=teacher, train=train, validation=validation, **arguments))
         return SimpleNamespace(student=student)
 
-    monkeypatch.setattr(module, "distill", stand_in)
+    monkeypatch.setattr(procedures, "distill", stand_in)
     return calls
 
 
@@ -66,6 +65,9 @@ def test_impossible_chains_are_refused(legs):
             teacher_assistant(student, assistants, teacher, [])
     with pytest.raises(ValueError, match="two places"):
         teacher_assistant(student, [teacher], Frozen(teacher), [])
+    for nobody in (None, DeepMutualLearning()):
+        with pytest.raises(ValueError, match="teacher: assistants need a network above them"):
+            teacher_assistant(student, [network(4)], nobody, [])
     bound = KD()
     bound.pairs = [("@logits", "@logits")]
     for arguments in ({"losses": [TaskLoss(), bound]}, {"stages": [Stage([bound], epochs=1)]}):

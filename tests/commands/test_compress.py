@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(capsys, recipe, tmp_path, words, said):
     [
         ("deep_mutual_learning", "teacher: compress needs a recipe whose teacher is a network"),
         ("dafl", "source: compress distils from the teacher and the data alone"),
-        ("teacher_assistant", "assistants: compress distils"),
+        ("teacher_assistant", "procedure: compress distils"),
     ],
 )
 def test_recipes_that_train_in_another_way_are_refused(capsys, tmp_path, name, said):

@@ -86,7 +86,8 @@ def test_the_control_is_the_student_alone():
 
 
 def test_names_are_filled_in_and_a_missing_one_skips_that_method_alone():
-    chain = {"assistants": ["$assistant"], "losses": [{"class_path": "KD"}]}
+    procedure = {"class_path": "teacher_assistant", "init_args": {"assistants": ["$assistant"]}}
+    chain = {"procedure": procedure, "losses": [{"class_path": "KD"}]}
     fields = {
         "recipe": RECIPE,
         "seeds": 1,
@@ -98,7 +99,7 @@ def test_names_are_filled_in_and_a_missing_one_skips_that_method_alone():
     }
     cells, skipped = read_comparison(fields).plan()
     found = {(c.method, c.student): c.fields for c in cells}
-    assert found["chain", "a"]["assistants"] == [WIDE]
+    assert found["chain", "a"]["procedure"]["init_args"]["assistants"] == [WIDE]
     assert found["pair", "b"]["student"]["init_args"]["peers"] == [NARROW, BIG]
     assert ("chain", "b") not in found
     assert {(CONTROL, "b"), ("pair", "a"), (CONTROL, "a")} <= found.keys()
@@ -194,14 +195,22 @@ def test_methods_that_are_no_loss_are_skipped_with_the_reason(name, said):
         ("DeepMutualLearning", {"teacher": {"class_path": "DeepMutualLearning"}}),
         ("teacher_assistant", {"assistants": [WIDE]}),
         ("InformationFlow", {"assistants": [WIDE]}),
+        ("densely_guided", {"assistants": [WIDE]}),
+        ("born_again", {"fresh": NARROW, "teacher": None, "teacher_weights": None}),
+        ("teacher_free_self", {"fresh": NARROW, "teacher": None, "teacher_weights": None}),
         ("quantized_distillation", {}),
+        ("ONE", {"teacher": {"class_path": "ONE"}}),
+        ("OKDDip", {"teacher": {"class_path": "OKDDip"}}),
+        ("CLILR", {"teacher": {"class_path": "CLILR"}}),
+        ("FeatureFusion", {"teacher": {"class_path": "FeatureFusion"}}),
     ],
 )
 def test_packaged_recipes_say_what_makes_them_on_another_pair(name, there):
-    students = {"small": {"student": NARROW, "$assistant": WIDE}}
+    students = {"small": {"student": NARROW, "$assistant": WIDE, "$example": [1, 28, 28]}}
     cells = cells_of({"recipe": RECIPE, "students": students, "methods": [name], "seeds": 1})
     made = cells[-1].fields
-    assert {k: made[k] for k in there} == there
+    said = {**made, **made.get("procedure", {}).get("init_args", {})}
+    assert {k: said.get(k) for k in there} == there
     if name == "quantized_distillation":
         pytest.importorskip("torchao")
         assert made["student"]["init_args"]["student"] == NARROW

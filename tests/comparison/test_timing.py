@@ -83,7 +83,12 @@ def test_threads_are_as_before_whatever_happens(clock, tmp_path, monkeypatch):
         ("mutual", {"student": {"class_path": "Cohort", "init_args": {"peers": ["$student", "$student"]}},
                     "teacher": {"class_path": "DeepMutualLearning"},
                     "losses": [{"class_path": "TaskLoss"}, {"class_path": "KD"}]}),
-        ("chain", {"assistants": [NET], "losses": [{"class_path": "KD"}]}),
+        ("chain", {"procedure": {"class_path": "teacher_assistant", "init_args": {"assistants": [NET]}},
+                   "losses": [{"class_path": "KD"}]}),
+        ("densely_guided", {"procedure": {"class_path": "densely_guided", "init_args": {"assistants": [NET]}},
+                            "losses": [{"class_path": "KD"}]}),
+        ("born_again", {}),
+        ("teacher_free_self", {}),
         ("no data", {"source": {"class_path": "DAFL", "init_args": {
                         "generator": {"class_path": "Generator", "init_args": {"image_shape": [1, 28, 28], "width": 4}},
                         "steps": 2, "batch_size": 4}},

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage import KD, TaskLoss, Training
-from tutelage.architecture.pruning import load_pruned
+from tutelage import KD, TaskLoss, Training, load_built
 from tutelage.data import fashion_loaders
 from tutelage.deploy import check_onnx, pipeline
 from tutelage.deploy import compress as compressing
@@ -152,7 +151,7 @@ def test_the_pruned_network_is_loaded_from_its_files_and_is_what_was_exported(wh
     found, _ = whole
     folder = found.out / "prune-0.5"
     weights = next(folder.glob("run-*/student.safetensors"))
-    network = load_pruned(teacher, folder / "channels.json", weights)
+    network = load_built(teacher, folder / "structure.json", weights)
     x = next(iter(data.validation))[0]
     assert check_onnx(folder / "float32.onnx", network, x, tolerance=1e-4).agreement == 1.0
 

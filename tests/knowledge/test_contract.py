@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tutelage.architecture.res_kd import residual_energy
+from tutelage.architecture.residual_kd import residual_error
 from tutelage.knowledge.feature.activation_boundary import activation_boundary
 from tutelage.knowledge.feature.attention_transfer import attention_transfer
 from tutelage.knowledge.feature.cat_kd import class_attention
@@ -41,17 +43,25 @@ from tutelage.knowledge.relation.similarity_preserving import similarity_preserv
 from tutelage.knowledge.relation.sskd import similarity_divergence
 from tutelage.knowledge.relation.svd_transfer import singular_value
 from tutelage.knowledge.response.conditional_kd import conditional_kd
+from tutelage.knowledge.response.cwtm import confidence_weighted
 from tutelage.knowledge.response.detection_response import bounded_box_regression, detection_classes
 from tutelage.knowledge.response.dist import dist
 from tutelage.knowledge.response.dkd import decoupled_kd
+from tutelage.knowledge.response.dkpp import permuted_kd
 from tutelage.knowledge.response.generalized_jsd import generalized_jsd
 from tutelage.knowledge.response.heatmap_response import heatmap_response
 from tutelage.knowledge.response.kd import kd_divergence
 from tutelage.knowledge.response.logit_regression import logit_regression
 from tutelage.knowledge.response.logit_std import logit_standardization
 from tutelage.knowledge.response.nkd import normalized_kd
+from tutelage.knowledge.response.skew_kl import skew_kl
+from tutelage.knowledge.response.top_k_kd import top_k_kd
+from tutelage.knowledge.response.total_variation import total_variation
 from tutelage.knowledge.response.wsld import weighted_soft_labels
 from tutelage.record import in_float32
+from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
+from tutelage.schemes.self_distillation.ema import consistency
+from tutelage.schemes.self_distillation.self_attention import attention_mimicry
 
 ROWS, MAP = (6, 9), (6, 4, 5, 3)
 
@@ -73,12 +83,19 @@ def views(x):
 
 FORMULAS = [
     pytest.param(kd_divergence, ROWS, id="kd_divergence"),
+    pytest.param(skew_kl, ROWS, id="skew_kl"),
+    pytest.param(lambda s, t: skew_kl(s, t, reverse=True), ROWS, id="skew_kl, reverse"),
+    pytest.param(total_variation, ROWS, id="total_variation"),
+    pytest.param(lambda s, t: top_k_kd(s, t, 3), ROWS, id="top_k_kd"),
+    pytest.param(consistency, ROWS, id="consistency"),
     pytest.param(logit_regression, ROWS, id="logit_regression"),
     pytest.param(lambda s, t: logit_regression(s, t, centre=True), ROWS, id="logit_regression, centred"),
     pytest.param(hint_loss, MAP, id="hint_loss"),
     pytest.param(attention_transfer, MAP, id="attention_transfer"),
     pytest.param(lambda s, t: attention_transfer(s, t, p=1), MAP, id="attention_transfer, p=1"),
     pytest.param(similarity_preserving, MAP, id="similarity_preserving"),
+    pytest.param(attention_mimicry, MAP, id="attention_mimicry"),
+    pytest.param(mean_embedding_distance, ROWS, id="mean_embedding_distance"),
     pytest.param(rkd_distance, ROWS, id="rkd_distance"),
     pytest.param(rkd_angle, ROWS, id="rkd_angle"),
     pytest.param(lambda s, t: rkd_angle(s, t, chunk=2), ROWS, id="rkd_angle, in chunks"),
@@ -118,6 +135,8 @@ FORMULAS = [
     pytest.param(channel_wise, MAP, id="channel_wise"),
     pytest.param(activation_boundary, MAP, id="activation_boundary"),
     pytest.param(feature_alignment, MAP, id="feature_alignment"),
+    pytest.param(residual_energy, ROWS, id="residual_energy"),
+    pytest.param(lambda s, t: residual_error(torch.zeros_like(s), s, t), MAP, id="residual_error"),
     pytest.param(lambda s, t: feature_normalized_kd(s, t, s, t), ROWS, id="feature_normalized_kd"),
     pytest.param(lambda s, t: softmax_regression(s, t, s.new_ones(5, 9).triu()), ROWS, id="softmax_regression"),
     pytest.param(lambda s, t: partial_l2(s, t, -torch.linspace(0.1, 1, 4)), MAP, id="partial_l2"),
@@ -139,6 +158,8 @@ FORMULAS = [
     pytest.param(logit_standardization, ROWS, id="logit_standardization"),
     pytest.param(labelled(normalized_kd), ROWS, id="normalized_kd"),
     pytest.param(labelled(conditional_kd), ROWS, id="conditional_kd"),
+    pytest.param(labelled(confidence_weighted), ROWS, id="confidence_weighted"),
+    pytest.param(permuted_kd, (6, 2), id="permuted_kd"),  # of two classes, where chance changes nothing
     pytest.param(labelled(weighted_soft_labels), ROWS, id="weighted_soft_labels"),
     pytest.param(detection_classes, ROWS, id="detection_classes"),
     pytest.param(
@@ -152,6 +173,7 @@ every = pytest.mark.parametrize(("formula", "shape"), FORMULAS)
 # a likelihood is greatest, neighbours are nearest, and a margin is kept where the student is another than the teacher;
 # cross-entropies keep the target's entropy, and a student that is wrong is taught the label
 NOT_ZERO = (
+    "confidence_weighted",
     "activation_boundary",
     "conditional_kd",
     "darkrank",

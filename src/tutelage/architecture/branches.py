@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tutelage.console import say
 from tutelage.schemes.online.cohort import Cohort
-from tutelage.taps import UnknownTap, expand
+from tutelage.taps import UnknownTap, expand, stages
 from tutelage.views import Inputs, example_inputs
 
 
@@ -103,6 +104,22 @@ def _overwritten(model: nn.Module, calls: Mapping[str, int], inputs: Inputs) -> 
     return frozenset(spoiled)
 
 
+def fork_of(model: nn.Module, inputs: Inputs) -> str:
+    """Where a network parts if nobody says: after the stage before its last (:func:`tutelage.taps.stages`).
+
+    Raises:
+        ValueError: no stages, one alone, or one whose module is called several times.
+
+    >>> from tutelage.models import SmallCNN
+    >>> fork_of(SmallCNN(width=4), Inputs((torch.ones(2, 1, 28, 28),)))
+    'stage2'
+    """
+    found = [stage.address for stage in stages(model, inputs)]
+    if len(found) < 2 or "#" in found[-2]:
+        raise ValueError(f"after: no stage to part after among {found}; name the module whose output is shared")
+    return found[-2].split("[")[0]
+
+
 class Branches(Cohort):
     """One network that forks after one of its modules: a trunk that all share, and a tail of each branch's own.
 
@@ -118,12 +135,13 @@ class Branches(Cohort):
 
     Args:
         model: the network; it becomes branch 0.
-        after: the module after whose output the branches part, such as ``"layer2"``.
+        after: the module after whose output the branches part, such as ``"layer2"``; ``None`` takes the stage before
+            the last, and says which that is.
         count: how many branches, 2 or more.
         example: a few inputs, or the shape of one, to see the order of the modules with.
         fresh: give further branches new random weights (``reset_parameters`` of each module that has it); otherwise
             they begin as copies, which learn different things only if something treats them differently.
-        rescale: divide the gradient that reaches the trunk at ``after`` by ``count``: the mean over the branches and not
+        rescale: divide the gradient that reaches the trunk at ``after`` by ``count``: the mean over the branches, not
             their sum (Song & Chai 2018, https://arxiv.org/abs/1805.11761).
 
     Raises:
@@ -143,7 +161,7 @@ class Branches(Cohort):
     def __init__(
         self,
         model: nn.Module,
-        after: str,
+        after: str | None,
         count: int,
         example: Tensor | Mapping[str, Any] | Sequence[int],
         *,
@@ -156,25 +174,37 @@ class Branches(Cohort):
         # Looked at in train mode, where in-place dropout may overwrite an output; on a copy, whose statistics may move.
         probe = copy.deepcopy(model).train()
         with torch.no_grad(), torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-            trunk = trunk_of(probe, after, example_inputs(example, model))
+            inputs = example_inputs(example, model)
+            if after is None:
+                after = fork_of(probe, inputs)
+                say(f"{type(self).__name__}: the branches part after {after!r}")
+            trunk = trunk_of(probe, after, inputs)
         peers = [model, *(_branch(model, trunk, fresh) for _ in range(count - 1))]
         super().__init__(peers, augment)
         self.after, self.trunk, self.rescale = after, trunk, rescale
 
     def said(self, inputs: Inputs) -> list[Any]:
         inputs = self.seen(inputs)
-        first = self.peers[0]
+        (first, speak), *others = self._limbs()
         tape: dict[str, list[Any]] = {name: [] for name in self.trunk.calls}
         handles = [first.get_submodule(name).register_forward_hook(self._record(name, tape[name])) for name in tape]
         try:
-            outputs = [inputs.call(first)]
+            outputs = speak(inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        for peer in self.peers[1:]:
-            with self._replaying(peer, tape):
-                outputs.append(inputs.call(peer))
+        for limb, speak in others:
+            with self._replaying(limb, tape):
+                outputs += speak(inputs)
         return outputs
+
+    def _limbs(self) -> list[tuple[nn.Module, Callable[[Inputs], list[Any]]]]:
+        """What stands on the trunk: of each a network that holds the trunk, and a function to hear all it says."""
+
+        def speaking(peer: nn.Module) -> Callable[[Inputs], list[Any]]:
+            return lambda inputs: [inputs.call(peer)]
+
+        return [(peer, speaking(peer)) for peer in self.peers]
 
     def _record(self, name: str, outputs: list[Any]) -> Callable:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -183,7 +213,7 @@ class Branches(Cohort):
             if self.rescale and name == self.after:
                 for tensor in _tensors(output):
                     if tensor.requires_grad:
-                        tensor.register_hook(lambda gradient: gradient / len(self.peers))
+                        tensor.register_hook(lambda gradient: gradient / len(self._limbs()))
             outputs.append(self._own(name, output))
 
         return hook
@@ -217,7 +247,7 @@ class Branches(Cohort):
                 if before[name] is None:
                     del module.forward
                 else:
-                    module.forward = before[name]
+                    module.forward = before[name]  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         return f"after={self.after!r}, count={len(self.peers)}, rescale={self.rescale}"

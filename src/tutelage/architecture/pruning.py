@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from tutelage.architecture.prune import Importance
 from tutelage.checkpoint import write_json
 from tutelage.deploy.calling import Example, as_call, device_of
 from tutelage.errors import nearest, require
@@ -26,7 +27,6 @@ from tutelage.models import load_weights
 from tutelage.record import Record
 from tutelage.views import move
 
-Importance = Literal["l2", "l1", "random"]
 _FORMAT = 1
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -59,14 +59,27 @@ class Pruning:
     outputs: dict[str, Kept] = field(default_factory=dict)
     inputs: dict[str, Kept] = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
+    def plain(self) -> dict[str, Any]:
+        """It as plain values."""
         sides = {"outputs": self.outputs, "inputs": self.inputs}
-        body = {
+        return {
             side: {name: {"of": k.of, "kept": list(k.channels)} for name, k in layers.items()}
             for side, layers in sides.items()
         }
-        write_json(Path(path), {"format": _FORMAT, **body})
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Pruning:
+        """It from what :meth:`plain` gave."""
+        return cls(
+            *(
+                {name: Kept(int(k["of"]), tuple(map(int, k["kept"]))) for name, k in plain[side].items()}
+                for side in ("outputs", "inputs")
+            )
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_json(Path(path), {"format": _FORMAT, **self.plain()})
 
     @classmethod
     def load(cls, path: str | Path) -> Pruning:
@@ -79,12 +92,7 @@ class Pruning:
             body = json.loads(Path(path).read_text(encoding="utf-8"))
             if body["format"] != _FORMAT:
                 raise ValueError(f"format {body['format']!r}, expected {_FORMAT}")
-            return cls(
-                *(
-                    {name: Kept(int(k["of"]), tuple(map(int, k["kept"]))) for name, k in body[side].items()}
-                    for side in ("outputs", "inputs")
-                )
-            )
+            return cls.of(body)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no file of pruned channels: {error!r}") from error
 

@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tutelage.catalogue import method
-from tutelage.distilling import Result, distill
+from tutelage.distilling import Result
 from tutelage.knowledge.base import Loss
+from tutelage.procedures import Leg, Setting, laid_out, refuse_bound, train_legs
 from tutelage.run import Epoch
 from tutelage.schedule import Stage
 from tutelage.teachers import Frozen, Teacher
+
+
+def chain(setting: Setting, assistants: Sequence[nn.Module]) -> list[nn.Module]:
+    """The teacher's network, the assistants and the student, checked.
+
+    Raises:
+        ValueError: no assistant, no teacher's network, or one network in two places.
+    """
+    if not assistants:
+        raise ValueError("assistants: expected one network or more between teacher and student")
+    first = setting.teacher.module if isinstance(setting.teacher, Frozen) else setting.teacher
+    if not isinstance(first, nn.Module):
+        raise ValueError(f"teacher: assistants need a network above them, got {type(first).__name__}")
+    networks = [first, *assistants, setting.student]
+    if len({id(network) for network in networks}) < len(networks):
+        raise ValueError("assistants: the same network stands in two places of the chain; give copies")
+    return networks
+
+
+def leg_names(networks: Sequence[nn.Module]) -> list[str]:
+    """The folders of the legs in which all but the first of a :func:`chain` learn.
+
+    >>> leg_names([nn.Identity(), nn.Identity(), nn.Identity()])
+    ['assistant-1', 'student']
+    """
+    return [*(f"assistant-{n}" for n in range(1, len(networks) - 1)), "student"]
+
+
+def _legs(
+    setting: Setting, assistants: Sequence[nn.Module], assistant_losses: Sequence[Loss] | None = None
+) -> list[Leg]:
+    networks = chain(setting, assistants)
+    refuse_bound(*(assistant_losses or ()))
+    legs = [
+        Leg(name, learner, above, setting.losses, setting.stages)
+        for name, (above, learner) in zip(leg_names(networks), pairwise(networks), strict=True)
+    ]
+    legs[0].teacher = setting.teacher  # a role says how its network teaches
+    if assistant_losses is not None:
+        for leg in legs[:-1]:
+            leg.losses, leg.stages = assistant_losses, None
+    return legs
 
 
 @method(
@@ -26,6 +69,7 @@ from tutelage.teachers import Frozen, Teacher
     needs=("extra stages", "other models"),
     use="A teacher so much larger than the student that a smaller one teaches better, and time for several trainings.",
 )
+@laid_out(_legs)
 def teacher_assistant(
     student: nn.Module,
     assistants: Sequence[nn.Module],
@@ -63,7 +107,7 @@ def teacher_assistant(
         One result a leg, the student's last.
 
     Raises:
-        ValueError: no assistant, one network in two places, or losses that were bound already.
+        ValueError: no assistant, no teacher, one network in two places, or losses that were bound already.
 
     >>> import torch
     >>> data = [(torch.randn(16, 8), torch.arange(16) % 3)]
@@ -72,31 +116,5 @@ def teacher_assistant(
     >>> [result.student is network for result, network in zip(results, (middle, small))], results[1].teacher is middle
     ([True, True], True)
     """
-    learners = [*assistants, student]
-    if len(learners) < 2:
-        raise ValueError("assistants: expected one network or more between teacher and student")
-    first = teacher.module if isinstance(teacher, Frozen) else teacher
-    if len({id(network) for network in (*learners, first)}) <= len(learners):
-        raise ValueError("assistants: the same network stands in two places of the chain; give copies")
-    staged = (loss for stage in stages or () for loss in stage.losses)
-    for loss in (*(losses or ()), *(assistant_losses or ()), *staged):
-        if loss.pairs:
-            raise ValueError(f"losses: {loss.name} was bound to other networks already; give a new one")
-    names = [*(f"assistant-{n}" for n in range(1, len(learners))), "student"]
-    results: list[Result] = []
-    for name, learner in zip(names, learners, strict=True):
-        apart = assistant_losses is not None and learner is not student
-        result = distill(
-            learner,
-            teacher,
-            train,
-            validation,
-            losses=copy.deepcopy(assistant_losses if apart else losses),
-            stages=None if apart else copy.deepcopy(stages),
-            out=Path(out) / name if out else None,
-            after_epoch=after_epoch if learner is student else None,
-            **training,
-        )
-        results.append(result)
-        teacher = result.student
-    return results
+    legs = _legs(Setting(student, teacher, losses, stages), assistants, assistant_losses)
+    return train_legs(legs, train, validation, out=out, after_epoch=after_epoch, **training)

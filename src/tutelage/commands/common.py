@@ -17,10 +17,10 @@ def network_of(model: str, arguments: list[str] | None, weights: str | None = No
     """
     from tutelage.models import create, load_weights
 
-    name, own, file = _parts(model)
+    name, own, file = parts_of(model)
     if file and weights:
         raise ValueError(f"{model}: its weights are {file} already; leave --weights {weights} out")
-    given = {**_values(arguments or ()), **_values(own)}
+    given = {**values_of(arguments or ()), **values_of(own)}
     if ":" in name:
         sys.path.append(os.getcwd())  # for package.module:function, where an installed command does not look
     network = create(name, **given)
@@ -29,7 +29,7 @@ def network_of(model: str, arguments: list[str] | None, weights: str | None = No
     return network
 
 
-def _parts(model: str) -> tuple[str, list[str], str | None]:
+def parts_of(model: str) -> tuple[str, list[str], str | None]:
     """Name, arguments and weights of ``NAME(argument=value, ...)@FILE``."""
     if os.path.isdir(model.removeprefix("transformers:")):  # a folder may be called anything
         return model, [], None
@@ -43,7 +43,7 @@ def _parts(model: str) -> tuple[str, list[str], str | None]:
     return found["name"], [a.strip() for a in arguments if a.strip()], found["file"]
 
 
-def _values(arguments: Iterable[str]) -> dict[str, Any]:
+def values_of(arguments: Iterable[str]) -> dict[str, Any]:
     import yaml
 
     given = {}
@@ -72,6 +72,21 @@ def example(text: str) -> Any:
     if len(shape) == 2:
         return torch.ones(shape, dtype=torch.long)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+LOADERS = ("cifar10_loaders", "cifar100_loaders", "fashion_loaders")
+
+
+def loaders_of(name: str, field: str, root: str | None, **options: Any) -> Any:
+    """Loaders by their name; ``options`` are those that all of them have."""
+    from tutelage import data
+    from tutelage.errors import nearest
+
+    if name not in LOADERS:
+        raise ValueError(f"{field}={name!r}: expected one of {', '.join(LOADERS)}{nearest(name, LOADERS)}")
+    if name == "fashion_loaders":
+        return data.fashion_loaders(**options)
+    return getattr(data, name)(root, **options)
 
 
 def shown(value: Any) -> str:

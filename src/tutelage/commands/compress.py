@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from tutelage.commands import Add
-from tutelage.commands.common import network_of
+from tutelage.commands.common import network_of, parts_of, values_of
 from tutelage.console import say
 
 
@@ -40,7 +40,8 @@ def compress(
     Args:
         recipe: File, or name of a packaged recipe: teacher, data, losses, training.
         prune: Share of the teacher's channels that go, such as 0.5; repeat it for several.
-        student: A smaller network, such as "SmallCNN(width=4)"; repeat it for several. By default the recipe's.
+        student: A smaller network, such as "SmallCNN(width=4)", or a builder that derives one from the teacher, such
+            as "LowRank(rank=0.25)"; repeat it for several. By default the recipe's.
         max_size: Largest file, such as 200kB, 1.5MB or 512KiB.
         max_latency: Longest median time for one sample, such as 2ms or 500us.
         min_accuracy: Lowest accuracy on the validation data, such as 0.7; a percentage is understood too.
@@ -54,7 +55,7 @@ def compress(
     Raises:
         LimitsMissed: no file meets the limits.
     """
-    from tutelage.deploy.candidates import PRECISIONS, Candidate, Prune, Shrink
+    from tutelage.deploy.candidates import PRECISIONS, Candidate, Prune
     from tutelage.deploy.compress import compress as compressed
     from tutelage.deploy.limits import Limits
     from tutelage.recipe import changed, load
@@ -69,9 +70,9 @@ def compress(
     _refuse(parts)
     settings = _settings(parts)
     candidates: list[Candidate] = [Prune(ratio) for ratio in prune or ()]
-    candidates += [Shrink(_network(spec, settings.seed), name=_label(spec)) for spec in student or ()]
+    candidates += [_candidate(spec, settings.seed) for spec in student or ()]
     if not student:
-        candidates.append(Shrink(_own_student(parts), name="student"))
+        candidates.append(_own_student(parts))
     data = parts["data"]
     found = compressed(
         _teacher(parts),
@@ -107,7 +108,7 @@ def _refuse(parts: dict[str, Any]) -> None:
         raise ValueError("teacher: compress needs a recipe whose teacher is a network")
     if parts["data"].validation is None:
         raise ValueError("data: compress needs validation data to choose by")
-    for field in ("source", "assistants"):
+    for field in ("source", "procedure"):
         if parts.get(field):
             raise ValueError(f"{field}: compress distils from the teacher and the data alone; take {field} out")
     if not parts.get("out"):
@@ -133,19 +134,37 @@ def _teacher(parts: dict[str, Any]) -> Any:
 
 
 def _own_student(parts: dict[str, Any]) -> Any:
+    from torch import nn
+
+    from tutelage.deploy.candidates import Shrink
     from tutelage.models import load_weights
 
+    if not isinstance(parts["student"], nn.Module):  # a builder
+        if parts.get("student_weights"):
+            raise ValueError(
+                "student_weights: compress derives this student from the teacher; take student_weights out"
+            )
+        return parts["student"]
     if parts.get("student_weights"):
         load_weights(parts["student"], parts["student_weights"])
-    return parts["student"]
+    return Shrink(parts["student"], name="student")
 
 
-def _network(spec: str, seed: int) -> Any:
-    """A student with first weights that do not depend on the others."""
+def _candidate(spec: str, seed: int) -> Any:
+    """A builder such as ``LowRank(rank=0.25)``, or a network with first weights that do not depend on the others."""
     import torch
 
+    import tutelage
+    from tutelage.architecture.builders import StudentBuilder
+    from tutelage.building import Builder
+    from tutelage.deploy.candidates import Shrink
+
+    name, arguments, file = parts_of(spec)
+    target = getattr(tutelage, name, None)
+    if isinstance(target, type) and issubclass(target, StudentBuilder) and file is None:
+        return Builder(()).call(target, values_of(arguments), f"student={spec}", f"student={spec}")
     torch.manual_seed(seed)
-    return network_of(spec, None)
+    return Shrink(network_of(spec, None), name=_label(spec))
 
 
 def _label(spec: str) -> str:

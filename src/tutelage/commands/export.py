@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tutelage.commands import Add
-from tutelage.commands.common import example, network_of, print_json
+from tutelage.commands.common import example, loaders_of, network_of, print_json
 from tutelage.console import say
 
-_LOADERS = ("cifar10_loaders", "cifar100_loaders", "fashion_loaders")
 _NAMES = {"onnx": "ONNX", "torch.export": "torch.export", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 _RANDOM = 64
 
@@ -58,7 +57,7 @@ def export(
 
     format_of(file)  # a wrong name is said before anything is built
     source = calibration or (data if quantize else None)
-    loaders = {name: _loaders(name, field, root) for field, name in (("data", data), ("calibration", source)) if name}
+    loaders = {name: loaders_of(name, field, root) for field, name in (("data", data), ("calibration", source)) if name}
     batches = [_inputs(raw) for raw in islice(loaders[source].train, 4)] if source else None
     if data:
         judged = [_inputs(raw) for raw in loaders[data].validation]
@@ -88,17 +87,6 @@ def export(
         f"{done.path}: {kind}, {done.size_bytes / 1000:,.1f} kB; on {done.samples} {inputs}: "
         f"largest difference from PyTorch {done.max_abs_error:.2g}, same first choice {done.agreement:.1%}"
     )
-
-
-def _loaders(name: str, field: str, root: str | None) -> Any:
-    from tutelage import data
-    from tutelage.errors import nearest
-
-    if name not in _LOADERS:
-        raise ValueError(f"{field}={name!r}: expected one of {', '.join(_LOADERS)}{nearest(name, _LOADERS)}")
-    if name == "fashion_loaders":
-        return data.fashion_loaders()
-    return getattr(data, name)(root)
 
 
 def _inputs(batch: Any) -> Any:

@@ -18,8 +18,8 @@ from tutelage.comparison.lines import Line, caution, lines, teachers
 from tutelage.comparison.plan import CONTROL, TEACHER, Comparison
 from tutelage.deploy.measure import Measurement, measure_together
 from tutelage.models import load_weights
-from tutelage.recipe import load
-from tutelage.views import SameView
+from tutelage.recipe import load, student_network
+from tutelage.views import judging
 
 if TYPE_CHECKING:
     from tutelage.deploy.report import Report
@@ -50,8 +50,9 @@ def measure_networks(
             continue
         keywords = load(trained_paths(cell.fields, folder), trust=trust).keywords
         with torch.random.fork_rng():
-            batch = (keywords.get("views") or SameView())(next(iter(keywords["data"].train)))
-        sides = (cell.student, keywords["student"], batch.student), (cell.teacher, keywords["teacher"], batch.teacher)
+            batch = judging(keywords.get("views"))(next(iter(keywords["data"].train)))
+        student = student_network(keywords)
+        sides = (cell.student, student, batch.student), (cell.teacher, keywords["teacher"], batch.teacher)
         for name, network, inputs in sides:
             if name in new and (names is None or name in names) and isinstance(network, nn.Module):
                 networks[name], examples[name] = network, inputs.args or inputs.kwargs
@@ -122,7 +123,7 @@ def trained_networks(
 ) -> tuple[nn.Module, nn.Module | None, Any, Any]:
     """The student of a cell that is done with its weights, its teacher, and the data and views to judge them with."""
     keywords = load(trained_paths(cell.fields, folder), trust=trust).keywords
-    student, teacher = plain_network(keywords["student"]), keywords.get("teacher")
+    student, teacher = plain_network(student_network(keywords)), keywords.get("teacher")
     load_weights(student, folder / cell.key / "student.safetensors")
     if not isinstance(teacher, nn.Module):
         teacher = None

@@ -44,7 +44,7 @@ _DEFAULT = {  # of a recipe that names no losses
     ]
 }
 # What of a recipe is the method; everything else is the setting that all methods share.
-METHOD_FIELDS = ("losses", "stages", "source", "assistants", "assistant_losses")
+METHOD_FIELDS = ("losses", "stages", "source", "procedure")
 # What a comparison does itself.
 _OURS = ("out", "resume", "overwrite", "control", "seed", "after_epoch")
 _NOT_SHARED = (*METHOD_FIELDS, *_OURS, COMPARED)
@@ -266,7 +266,7 @@ def method_fields(name: str, shared: dict[str, Any] | None = None) -> dict[str, 
     recipe = read(method.recipe if method else name)
     if COMPARED in recipe:
         return recipe[COMPARED]
-    unusual = [f for f in ("source", "assistants", "views") if recipe.get(f) is not None]
+    unusual = [f for f in ("source", "procedure", "views") if recipe.get(f) is not None]
     if unusual or (method is not None and method.role not in ("losses", "schedule")):
         what = " and ".join(unusual) or (method.role if method else "")
         raise RecipeError(f"{name}: it changes the {what}; give the fields that make it on your pair under methods")
@@ -322,7 +322,8 @@ def _teacher_cell(name: str, fields: dict[str, Any], training: dict[str, Any]) -
 
 
 def _cell_fields(pair: dict[str, Any], method: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
-    names = {"$student": pair.get("student"), "$teacher": pair.get("teacher"), **names}
+    own = {f"${part}": pair.get(part) for part in ("student", "teacher", "data")}
+    names = {**own, **names}
     fields, _ = _laid_over(pair, method)
     return {k: v for k, v in _filled(fields, names).items() if v is not None}
 

@@ -16,7 +16,8 @@ from tutelage.comparison.cells import Cell, trained_paths
 from tutelage.comparison.plan import CONTROL, TEACHER
 from tutelage.distillation import Distillation
 from tutelage.knowledge.feature.route_constrained import RouteConstrained
-from tutelage.recipe import load
+from tutelage.procedures import lay_out, setting_of
+from tutelage.recipe import load, student_network
 from tutelage.teachers import Frozen, as_teacher
 from tutelage.training import Training
 from tutelage.views import move
@@ -77,14 +78,15 @@ class _Stepper:
 def _stepper(cell: Cell, folder: Path, trust: Sequence[str]) -> _Stepper:
     """The cell's step on its first few batches."""
     keywords = load(trained_paths(cell.fields, folder), trust=trust).keywords
+    keywords |= {"student": student_network(keywords)}
     training: Training = keywords.get("training") or Training(epochs=10)
-    assistants, stages = keywords.get("assistants"), keywords.get("stages")
-    role = as_teacher(assistants[-1] if assistants else keywords.get("teacher"))
+    leg = lay_out(keywords.get("procedure"), setting_of(keywords))[-1]
+    role = as_teacher(leg.teacher)
     if isinstance(role, RouteConstrained):
         role = Frozen(role.module)  # its route is known only after the teacher's training
-    terms = [stage.losses for stage in stages or ()] or [keywords.get("losses")]
+    terms: list[Any] = [stage.losses for stage in leg.stages or ()] or [leg.losses]
     device = torch.device("cuda" if torch.cuda.is_available() and not training.cpu else "cpu")
-    chain = [Distillation(keywords["student"], role, losses, keywords.get("views")).to(device) for losses in terms]
+    chain = [Distillation(leg.student, role, losses, keywords.get("views")).to(device) for losses in terms]
     d = chain[-1]  # the last stage is the longest, and what is timed
     if training.channels_last:
         d.to(memory_format=torch.channels_last)

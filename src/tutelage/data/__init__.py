@@ -25,17 +25,22 @@ from tutelage.data.packed import (
     load_packed,
     mnist,
 )
+from tutelage.data.pairs import ClassPairs, PairedArrays, PairedBatch, paired, paired_loaders
 from tutelage.data.scenes import Scenes, fashion_detection_loaders, fashion_keypoint_loaders, scattered
+from tutelage.data.shards import shard, sharded
 from tutelage.data.splits import split, unlabel
 
 __all__ = [
     "ArrayDataset",
     "ArrayLoader",
+    "ClassPairs",
     "CropFlip",
     "ImageSet",
     "Images",
     "Indexed",
     "Loaders",
+    "PairedArrays",
+    "PairedBatch",
     "Scenes",
     "cifar10",
     "cifar10_loaders",
@@ -55,7 +60,11 @@ __all__ = [
     "image_loaders",
     "load_packed",
     "mnist",
+    "paired",
+    "paired_loaders",
     "scattered",
+    "shard",
+    "sharded",
     "split",
     "torchvision_dataset",
     "unlabel",

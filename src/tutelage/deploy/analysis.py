@@ -23,7 +23,7 @@ from tutelage.knowledge.base import classes_last
 from tutelage.record import in_float32, logits_of
 from tutelage.run import random_state, restore_random
 from tutelage.taps import Observer, stages
-from tutelage.views import UNLABELLED, Batch, Inputs, SameView, move
+from tutelage.views import UNLABELLED, Batch, Inputs, judging, move
 
 BINS = 15
 # Feature maps are averaged down to so many positions a side before they are compared.
@@ -154,7 +154,7 @@ def analyse(
     """
     networks = [_plain(m) for m in (student, teacher) if m is not None]
     device = device_of(student)
-    views = views or SameView()
+    views = judging(views)
     seen = _Seen(classes if classes is not None else _known_classes(loader), worst)
     features: _Features | None = None
     before = random_state()

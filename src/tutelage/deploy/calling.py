@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tutelage.errors import nearest
 from tutelage.evaluation import evaluating
+from tutelage.views import Inputs, move
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -93,6 +94,23 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def taken_by(model: nn.Module, example: Example) -> Any:
+    """The arguments that a network takes of an example, which may have further named ones, on its device.
+
+    >>> taken_by(nn.Linear(2, 1), {"input": torch.ones(1, 2), "mask": None})
+    {'input': tensor([[1., 1.]])}
+    """
+    caught: list[Inputs] = []
+    inputs = Inputs(*as_call(move(example, device_of(model))))
+    handle = model.register_forward_pre_hook(lambda _, *given: caught.append(Inputs(*given)), with_kwargs=True)
+    try:
+        with evaluating(model):
+            inputs.call(model)
+    finally:
+        handle.remove()
+    return caught[0].args or caught[0].kwargs
 
 
 @contextlib.contextmanager

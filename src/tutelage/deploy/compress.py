@@ -1,4 +1,4 @@
-"""From a teacher to a file that keeps to its limits: prune or shrink, distil, quantise, export, measure, choose.
+"""From a teacher to a file that keeps to its limits: derive or shrink, distil, quantise, export, measure, choose.
 
 Deep compression (Han et al., https://arxiv.org/abs/1510.00149) with distillation as the training in between, as the
 survey's discussion (section 8) describes the two: pruning and quantisation make the network small, the teacher is to
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from tutelage.architecture.builders import StudentBuilder
 from tutelage.checkpoint import write_json
 from tutelage.console import say
 from tutelage.deploy.candidates import PRECISIONS, Candidate, Precision, Prune, Shrink
@@ -56,9 +57,10 @@ def compress(
 ) -> Compressed:
     """Make several small networks of a teacher, measure their files, and choose the best that meets the limits.
 
-    Each candidate is made (pruned from the teacher, or as given), distilled from the teacher, exported as an ONNX file
-    in each precision (int8: static quantisation with ranges from training batches), and each file is measured: its
-    size; its latency, all files and the teacher's in turn; its own accuracy on the validation data, in onnxruntime.
+    Each candidate is made (derived from the teacher by a builder, or as given), distilled from the teacher, exported as
+    an ONNX file in each precision (int8: static quantisation with ranges from training batches), and each file is
+    measured: its size; its latency, all files and the teacher's in turn; its own accuracy on the validation data, in
+    onnxruntime.
 
     Of these points the Pareto front is taken, and of the front the best within the limits
     (:func:`tutelage.deploy.limits.choose`): with a limit on size or latency the most accurate, with one on the accuracy
@@ -75,7 +77,7 @@ def compress(
         train: batches to train on; int8 ranges come from some of them.
         validation: labelled batches to choose by: weights, and then files.
         test: labelled batches to look at once, after the choice.
-        candidates: what to try.
+        candidates: what to try: builders of students (``Prune``, ``LowRank``, ...) and ``Shrink``.
         limits: what the file must keep to.
         out: folder for everything, one folder a candidate inside.
         precisions: of the exported files.
@@ -175,8 +177,11 @@ def _refuse(
     if calibration < 1 or runs < 1:
         raise ValueError(f"calibration={calibration}, runs={runs}: expected 1 or more of each")
     for candidate in candidates:
-        if isinstance(candidate, Prune) and not 0 < candidate.ratio < 1:
-            raise ValueError(f"{candidate.label}: ratio={candidate.ratio}: expected a share between 0 and 1")
+        if isinstance(candidate, StudentBuilder):
+            try:
+                candidate.check()
+            except ValueError as error:
+                raise ValueError(f"{candidate.label}: {error}") from None
     if not precisions or len(set(precisions)) < len(precisions) or not set(precisions) <= set(PRECISIONS):
         raise ValueError(f"precisions={list(precisions)}: expected float32, int8 or both")
     for loss in (*(losses or ()), *(loss for stage in stages or () for loss in stage.losses)):

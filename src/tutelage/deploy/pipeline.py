@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tutelage.algorithms.quantized.fake_quantized import freeze_quantized
-from tutelage.architecture.pruning import Pruning, choose_channels, keep_channels
+from tutelage.architecture.builders import load_structure, save_structure
 from tutelage.console import say
-from tutelage.deploy.calling import as_call, device_of, resized
-from tutelage.deploy.candidates import Candidate, Precision, Prune
+from tutelage.deploy.calling import resized, taken_by
+from tutelage.deploy.candidates import Candidate, Precision, Shrink
 from tutelage.deploy.compressed import Point, Skipped
 from tutelage.deploy.export import Exported, export_onnx
 from tutelage.deploy.limits import Limits, Miss
@@ -28,13 +28,13 @@ from tutelage.deploy.measure import Measurement, measure, measure_onnx, measure_
 from tutelage.deploy.running import open_exported
 from tutelage.deploy.steps import Steps, described, file_key, key_of, network_key
 from tutelage.distilling import distill
-from tutelage.evaluation import Metrics, evaluate_together, evaluating
+from tutelage.evaluation import Metrics, evaluate_together
 from tutelage.knowledge.base import Loss
 from tutelage.models import load_weights
 from tutelage.run import random_state, restore_random, seed_epoch
 from tutelage.schedule import Stage
 from tutelage.training import Training
-from tutelage.views import Inputs, SameView, move
+from tutelage.views import Inputs, judging
 
 TEACHER = "teacher"
 """The folder of the teacher's file; no candidate may be called so."""
@@ -124,29 +124,23 @@ class Pipeline:
     def student(self, candidate: Candidate) -> tuple[nn.Module, dict[str, Any]]:
         """A candidate's network with its first weights, and what is known of it without a clock."""
         steps = Steps(self.out / candidate.label)
-        if isinstance(candidate, Prune):
-            depends: dict[str, Any] = {"prune": dataclasses.asdict(candidate), "teacher": self.teacher_key}
-            depends["seed"] = self.training.seed
+        if isinstance(candidate, Shrink):
+            about = steps.do("student", {"network": network_key(candidate.model)}, lambda: self._size(candidate.model))
+            return copy.deepcopy(candidate.model), about
+        depends = {"builder": described(candidate), "teacher": self.teacher_key, "seed": self.training.seed}
 
-            def prune() -> dict[str, Any]:
-                example = self.example(self.teacher, teacher=True)
-                pruning = choose_channels(
-                    self.teacher,
-                    example,
-                    candidate.ratio,
-                    importance=candidate.importance,
-                    keep=candidate.keep,
-                    round_to=candidate.round_to,
-                    seed=self.training.seed,
-                )
-                steps.folder.mkdir(parents=True, exist_ok=True)
-                pruning.save(steps.folder / "channels.json")
-                return self._size(keep_channels(self.teacher, pruning))
+        def derive() -> dict[str, Any]:
+            student, structure = candidate.derive(self.teacher, self.example(self.teacher, teacher=True))
+            steps.folder.mkdir(parents=True, exist_ok=True)
+            save_structure(steps.folder / "structure.json", candidate, structure)
+            return self._size(student)
 
-            about = steps.do("student", depends, prune, ["channels.json"])
-            return keep_channels(self.teacher, Pruning.load(steps.folder / "channels.json")), about
-        about = steps.do("student", {"network": network_key(candidate.model)}, lambda: self._size(candidate.model))
-        return copy.deepcopy(candidate.model), about
+        with torch.random.fork_rng():
+            torch.manual_seed(self.training.seed)
+            about = steps.do("student", depends, derive, ["structure.json"])
+            builder, structure = load_structure(steps.folder / "structure.json")
+            torch.manual_seed(self.training.seed)  # the same first weights, whether the structure was there or not
+            return builder.build(self.teacher, structure), about
 
     def screened(
         self, candidate: Candidate, student: nn.Module, about: dict[str, Any], limits: Limits
@@ -259,9 +253,9 @@ class Pipeline:
     def example(self, model: nn.Module, teacher: bool = False) -> Any:
         """The inputs of one sample, as the student or the teacher sees it."""
         with torch.random.fork_rng():  # a loader's iterator draws a number
-            batch = (self.views or SameView())(next(iter(self.validation)))
+            batch = judging(self.views)(next(iter(self.validation)))
             inputs = batch.teacher if teacher else batch.student
-            return _taken(model, resized(inputs.args or inputs.kwargs, 1))
+            return taken_by(model, resized(inputs.args or inputs.kwargs, 1))
 
     @staticmethod
     def _name(file: ExportedFile) -> str:
@@ -312,7 +306,7 @@ class Pipeline:
         before = random_state()
         seed_epoch(self.training.seed, -1, self.train)
         try:
-            views = self.views or SameView()
+            views = judging(self.views)
             several: list[Inputs] = [views(raw).student for raw in islice(self.train, self.calibration)]
         finally:
             restore_random(before)
@@ -365,16 +359,3 @@ def about_loader(loader: Iterable[Any]) -> dict[str, Any]:
         "batches": length(loader),
         "samples": length(getattr(loader, "dataset", None)),
     }
-
-
-def _taken(model: nn.Module, example: Any) -> Any:
-    """The arguments that a network takes of an example, which may have further named ones, on its device."""
-    caught: list[Inputs] = []
-    args, kwargs = as_call(move(example, device_of(model)))
-    handle = model.register_forward_pre_hook(lambda _, *given: caught.append(Inputs(*given)), with_kwargs=True)
-    try:
-        with evaluating(model):
-            Inputs(args, kwargs).call(model)
-    finally:
-        handle.remove()
-    return caught[0].args or caught[0].kwargs

@@ -33,6 +33,8 @@ class Loss(nn.Module):
         default_reads: what it reads without ``taps``.
         needs_teacher, needs_labels, needs_ids: what it cannot do without, checked when binding.
         needs_samples: the smallest batch that makes sense.
+        separable: whether it is the mean of what each sample or position gives by itself, so that it may be calculated
+            some of them at a time.
         needs_input_gradients: whether it derives outputs with respect to ``batch.student`` and ``batch.teacher``: their
             tensors then require gradients, and the teacher's forward pass keeps its graph.
     """
@@ -43,6 +45,7 @@ class Loss(nn.Module):
     needs_ids = False
     needs_samples = 1
     needs_input_gradients = False
+    separable = False
 
     def __init__(self, *taps: Tap, weight: Weight = 1.0, name: str | None = None):
         super().__init__()

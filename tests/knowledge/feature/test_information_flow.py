@@ -192,11 +192,12 @@ def test_the_auxiliary_teacher_learns_by_losses_of_its_own_and_then_teaches():
 
 def test_the_recipes_chain_and_its_refusal():
     built = load("information_flow", ["teacher_training=null"]).keywords
-    (auxiliary,) = built["assistants"]
+    own = built["procedure"].keywords
+    (auxiliary,) = own["assistants"]
     assert type(auxiliary) is type(built["student"])
-    assert [loss.taps for loss in built["assistant_losses"][1:]] == [("linear:input",)]
-    with pytest.raises(RecipeError, match="no assistants for them"):
-        load("information_flow", ["teacher_training=null", "assistants=null"])()
+    assert [loss.taps for loss in own["assistant_losses"][1:]] == [("linear:input",)]
+    with pytest.raises(RecipeError, match="procedure: assistants: expected one network or more"):
+        load("information_flow", ["procedure.init_args.assistants=[]"])
 
 
 def test_training_brings_the_flow_of_fresh_samples_to_the_teachers():

@@ -236,6 +236,10 @@ def test_a_recipe_records_the_route_of_the_teacher_that_it_trains_and_resumes(tm
         assert torch.equal(value, third.student.state_dict()[name])
 
 
+def through(assistant):
+    return {"class_path": "teacher_assistant", "init_args": {"assistants": [assistant]}}
+
+
 def test_a_recipe_may_name_files_and_weights_and_assistants(tmp_path):
     recipe(tmp_path)()
     files = sorted(str(f) for f in (tmp_path / "run" / "teacher").glob("student-epoch-*"))[:2]
@@ -247,11 +251,11 @@ def test_a_recipe_may_name_files_and_weights_and_assistants(tmp_path):
     assert run.keywords["teacher"].anchors == files
     assert result.teacher_metrics.samples == result.metrics.samples
     chain = recipe(tmp_path, teacher=named, teacher_training=None, teacher_weights=weights, out=None,
-                   assistants=[{"class_path": "SmallCNN", "init_args": {"width": 3}}])  # fmt: skip
+                   procedure=through({"class_path": "SmallCNN", "init_args": {"width": 3}}))  # fmt: skip
     assert chain().teacher is not chain.keywords["teacher"].module
     assert chain.keywords["teacher"]._leg == 2  # the first leg went the whole way
-    with pytest.raises(RecipeError, match="no teacher network"):
-        recipe(tmp_path, teacher="DeepMutualLearning", teacher_training=None, out=None, assistants=["SmallCNN"])()
+    with pytest.raises(RecipeError, match="procedure: teacher: assistants need a network"):
+        recipe(tmp_path, teacher="DeepMutualLearning", teacher_training=None, out=None, procedure=through("SmallCNN"))
     with pytest.raises(RecipeError, match="rising"):
         recipe(tmp_path, teacher={**named, "init_args": {**named["init_args"], "at": [0.6]}})
 

@@ -121,6 +121,8 @@ class FeatureNorm(TokenResponse):
     FeatureNorm(embedding, weight=9.0, tau=3.0)
     """
 
+    separable = False  # it reads features as well
+
     default_reads = "embedding"
 
     def __init__(self, *taps: Tap, tau: float = 2.0, weight: Weight = 9.0, name: str | None = None):

@@ -102,6 +102,8 @@ class DIST(TokenResponse):
     DIST(logits, weight=1.0, beta=2.0, gamma=2.0, temperature=4.0)
     """
 
+    separable = False  # each class is compared over the whole batch
+
     def __init__(
         self,
         *taps: Tap,

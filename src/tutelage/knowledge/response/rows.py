@@ -133,6 +133,8 @@ class TokenResponse(ResponseLoss):
     samples all count, labelled or not.
     """
 
+    separable = True
+
     def counted(self, logits: Tensor, batch: Batch) -> Tensor | None:
         """Which positions count; ``None`` where all do."""
         if logits.ndim != 3 or batch.labels is None or batch.labels.shape != logits.shape[:2]:
@@ -172,6 +174,7 @@ class LabelledResponse(ResponseLoss):
     """Base of response losses that need the true classes: the mean over the positions that have one."""
 
     needs_labels = True
+    separable = True
 
     def check(self, student: Record, teacher: Record, batch: Batch) -> None:
         super().check(student, teacher, batch)
@@ -188,6 +191,7 @@ class LabelsAlone(Loss):
 
     needs_teacher = False
     needs_labels = True
+    separable = True
 
     def check(self, student: Record, teacher: Record | None, batch: Batch) -> None:
         check_target(self.name, student.logits, batch.labels)

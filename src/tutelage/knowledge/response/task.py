@@ -59,6 +59,7 @@ class TaskLoss(Loss):
 
     needs_teacher = False
     needs_labels = True
+    separable = True
 
     def __init__(
         self,

@@ -133,8 +133,8 @@ def best_peer(cohort: Cohort, validation: Iterable[Any], *, views: Callable[[Any
 class PeerTeacher(Teacher):
     """Base of the teachers of a cohort: a subclass says with :meth:`lessons` who learns from whom.
 
-    The losses' addresses are relative to a peer: ``"layer2"`` reads ``peers.0.layer2``, ``peers.1.layer2`` and so on, so
-    it must exist in every peer; ``"@field"`` reads every peer's output.
+    The losses' addresses are relative to a peer: ``"layer2"`` reads ``peers.0.layer2``, ``peers.1.layer2`` and so on,
+    so it must exist in every peer; ``"@field"`` reads every peer's output.
     """
 
     cohort: type[Cohort] = Cohort

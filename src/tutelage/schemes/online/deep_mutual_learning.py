@@ -33,9 +33,9 @@ class DeepMutualLearning(PeerTeacher):
     KL(1/(N−1) · Σ_{j≠i} softmax(z_j) ‖ softmax(z_i)), and from the mean of their features. Each peer runs once per
     batch; what it says to others is detached.
 
-    The student role must be a :class:`tutelage.Cohort`. The losses' addresses are relative to a peer: ``"layer2"`` reads
-    ``peers.0.layer2``, ``peers.1.layer2`` and so on, so it must exist in every peer; ``"@field"`` reads every peer's
-    output. What a loss owns (a projector, a memory) it owns for each pair, so peers may differ in their shapes.
+    The student role must be a :class:`tutelage.Cohort`. The losses' addresses are relative to a peer: ``"layer2"``
+    reads ``peers.0.layer2``, ``peers.1.layer2`` and so on, so it must exist in every peer; ``"@field"`` reads every
+    peer's output. What a loss owns (a projector, a memory) it owns for each pair, so peers may differ in their shapes.
 
     The authors update one peer after another within a batch (their Algorithm 1); here all learn from the same
     predictions in one step, which is symmetric and costs N forward passes.
