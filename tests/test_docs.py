@@ -26,6 +26,7 @@ from torch import nn
 
 import tutelage
 from tutelage import building, cli, recipe
+from tutelage.architecture.builders import StudentBuilder
 from tutelage.catalogue import methods
 from tutelage.comparison.cells import CellResult
 from tutelage.comparison.comparing import Compared
@@ -97,7 +98,7 @@ def test_yaml_is_a_recipe_or_a_part_of_one(block, tmp_path, monkeypatch):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(fields, sort_keys=False))
     built = recipe.load(file, [f"out={tmp_path / 'run'}"])
-    assert isinstance(built.keywords["student"], nn.Module)
+    assert isinstance(built.keywords["student"], nn.Module | StudentBuilder)
     assert len(built.keywords["data"].train) > 0
 
 

@@ -123,6 +123,7 @@ from tutelage.schemes.self_distillation.early_exits import (
 )
 from tutelage.schemes.self_distillation.ema import EMA, Consistency
 from tutelage.schemes.self_distillation.past_self import PastSelf
+from tutelage.schemes.self_distillation.progressive_self import ProgressiveSelf
 from tutelage.schemes.self_distillation.self_attention import SelfAttention
 from tutelage.schemes.self_distillation.teacher_free_self import teacher_free_self
 from tutelage.teachers import Frozen, Lesson, NoTeacher, Teacher
@@ -237,6 +238,7 @@ __all__ = [
     "ParameterSharing",
     "PastSelf",
     "PeerCollaborative",
+    "ProgressiveSelf",
     "Prune",
     "Quantized",
     "RGBToGrey",

@@ -73,6 +73,7 @@ from tutelage.schemes.online.one import gated_logits
 from tutelage.schemes.self_distillation.be_your_own_teacher import hint_distance
 from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
 from tutelage.schemes.self_distillation.ema import consistency
+from tutelage.schemes.self_distillation.progressive_self import progressive_self
 from tutelage.schemes.self_distillation.self_attention import attention_mimicry
 
 __all__ = [
@@ -157,6 +158,7 @@ __all__ = [
     "permuted_prediction",
     "pkt",
     "position_exclusivity",
+    "progressive_self",
     "random_mask",
     "relative_teacher",
     "representation_graph",

@@ -34,9 +34,9 @@ def gradient_shares(distillation: Distillation, batch: Any) -> dict[str, float]:
     (['TaskLoss', 'KD'], 1.0, True)
     """
     parameters = [p for p in distillation.student.parameters() if p.requires_grad]
-    with untouched(distillation.student, distillation.losses), torch.enable_grad():
+    with untouched(distillation.student, distillation.owned), torch.enable_grad():
         distillation.student.train()
-        distillation.losses.eval()  # a loss in eval mode does not change what it remembers
+        distillation.owned.eval()  # a loss in eval mode does not change what it remembers
         values, weights = distillation.terms_on(batch)
         squares = []
         for name, value in values.items():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from tutelage.acceleration import Form, accelerated, choose, known_speed
 from tutelage.record import Record
 from tutelage.taps import Observer
-from tutelage.views import Batch
+from tutelage.views import Batch, Inputs
 
 
 @dataclass
@@ -80,9 +83,21 @@ class Frozen(Teacher):
         module: the network. When it is bound, it is put in eval mode and its parameters stop requiring gradients.
         batch_statistics: for methods whose authors normalise with the batch's own statistics (Overhaul): a *copy* of
             the network runs with its batch-norm layers in train mode, without changing their running averages.
+        speed: ``"plain"``: the network itself answers. Otherwise an accelerated *copy* does, from the first batch after
+            binding on, and the network itself stays what is evaluated and reported. ``"auto"`` tries ``bf16``,
+            ``channels_last`` and ``fold`` on that batch and keeps what pays, by the clock; a list names accelerations
+            (:func:`tutelage.acceleration.accelerated`), which are kept whatever the clock says. The choice is printed
+            and part of a checkpoint: a resumed run goes on with it. Losses that derive the teacher's outputs with
+            respect to its inputs get the plain network.
+        max_divergence: an acceleration is left out if with it the mean KL(plain ‖ accelerated) of the logits on that
+            batch is above this, in nats; 0 lets nothing pass that changes a bit.
+        max_error: or if a tensor that is read differs by more than this part of its norm.
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
+        ValueError: an unknown ``speed``, or a negative bound.
+
+    Memory: with ``speed`` one more network, and another one while it is chosen.
 
     >>> teacher = Frozen(nn.Linear(4, 2))
     >>> _ = teacher.bind(nn.Linear(4, 2), ["@logits"], ["@logits"])
@@ -90,7 +105,14 @@ class Frozen(Teacher):
     False
     """
 
-    def __init__(self, module: nn.Module, batch_statistics: bool = False):
+    def __init__(
+        self,
+        module: nn.Module,
+        batch_statistics: bool = False,
+        speed: Literal["plain", "auto"] | Sequence[str] = "plain",
+        max_divergence: float = 0.01,
+        max_error: float = 0.05,
+    ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"teacher: expected an nn.Module or a Teacher, got {type(module).__name__}")
         self.module = copy.deepcopy(module) if batch_statistics else module
@@ -100,8 +122,14 @@ class Frozen(Teacher):
                     # Without running averages a layer in eval mode normalises with the batch.
                     layer.track_running_stats = False
                     layer.running_mean = layer.running_var = None
+        for name, bound in (("max_divergence", max_divergence), ("max_error", max_error)):
+            if not bound >= 0:
+                raise ValueError(f"{name}={bound}: expected 0 or more")
+        self.speed, self.bounds = known_speed(speed), (max_divergence, max_error)
         self.observer: Observer | None = None
         self._dry = True
+        self._chosen: tuple[list[str], bytes | None] | None = None  # accelerations, and the file of int8
+        self._form: Form | None = None
 
     def names(self, student: nn.Module) -> tuple[nn.Module, nn.Module]:
         self._refuse_shared(student)
@@ -123,6 +151,7 @@ class Frozen(Teacher):
         self.module.requires_grad_(False)
         self.module.eval()
         self.observer, self._dry = Observer(self.module, teacher_reads), True
+        self._chosen = self._form = None
         return student_reads
 
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
@@ -131,6 +160,9 @@ class Frozen(Teacher):
             return [Lesson(student, Record())]  # no loss reads it, so it need not run
         if self.module.training or any(m.training for m in self.module.modules()):
             self.module.eval()  # somebody called .train() on it between two steps
+        if self.speed and not self._dry and not batch.differentiable:
+            with torch.no_grad():
+                return [Lesson(student, self._faster(self.observer, batch.teacher))]
         # no_grad and not inference_mode, whose tensors autograd refuses to save when a loss multiplies them
         # (and with a graph only where a loss derives the teacher's outputs with respect to its inputs)
         with torch.set_grad_enabled(batch.differentiable):
@@ -139,8 +171,50 @@ class Frozen(Teacher):
         self._dry = False
         return [Lesson(student, record)]
 
+    def _faster(self, plain: Observer, inputs: Inputs) -> Record:
+        """What the accelerated copy says; the first call after binding chooses it.
+
+        Binding itself is too early: a run that is resumed takes back what it chose only after it.
+        """
+        if self._chosen is None:
+            several = dist.is_available() and dist.is_initialized()
+            if not several or dist.get_rank() == 0:
+                self._form = choose(plain, inputs, self.speed, *self.bounds)
+                self._chosen = (list(self._form.names), self._form.file) if self._form else ([], None)
+            if several:  # the first process's choice, or each would have another teacher
+                choice = [self._chosen]
+                dist.broadcast_object_list(choice, src=0)
+                self._chosen = choice[0]
+        assert self._chosen is not None
+        names, file = self._chosen
+        if not names:
+            return plain(inputs)
+        if self._form is None:
+            self._form = accelerated(plain, names, file=file)
+        return self._form(inputs)
+
     def apply(self, change: Callable[[nn.Module], Any]) -> None:
         change(self.module)
+        self._form = None  # to be made again from the changed network
+
+    def own_state(self) -> dict[str, Any]:
+        """What was chosen; nothing for plain networks, which need nothing to resume."""
+        if self._chosen is None:
+            return {}
+        names, file = self._chosen
+        held = None if file is None else torch.from_numpy(np.frombuffer(file, np.uint8).copy())
+        return {"speed": self.speed, "chosen": names, "file": held}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        asked = known_speed(state["speed"])
+        if asked != self.speed:
+            raise ValueError(
+                f"speed={self.speed or 'plain'!r}: the run was begun with {asked!r}; expected the same to resume it"
+            )
+        held = state["file"]
+        self._chosen, self._form = (list(state["chosen"]), None if held is None else held.numpy().tobytes()), None
 
 
 def as_teacher(teacher: nn.Module | Teacher | None) -> Teacher:

@@ -29,6 +29,9 @@ from tutelage import (
     methods,
     save_structure,
 )
+from tutelage.comparison import timing
+from tutelage.comparison.pages import measure_networks
+from tutelage.comparison.plan import read_comparison
 from tutelage.data import fashion_loaders
 from tutelage.deploy import export
 from tutelage.deploy.compress import Limits, compress
@@ -194,7 +197,7 @@ def test_a_layer_that_others_read_themselves_is_refused_and_can_be_kept():
     )
     network.append(nn.Linear(80, 40)).append(nn.Linear(40, 3))
     x = torch.randn(2, 5, 16)
-    with pytest.raises(ValueError, match=r"cannot be called: .*'weight'; .*'0.layers.0.linear1'"):
+    with pytest.raises(ValueError, match=r"cannot be called: .*'weight'; .*'0.layers.0.linear1'.* in keep"):
         LowRank(0.25)(network, x)
     assert list(LowRank(0.25, keep=("0",)).derive(network, x)[1]["layers"]) == ["2"]
 
@@ -266,7 +269,7 @@ def test_a_recipe_takes_the_weights_of_files_and_resumes(tmp_path):
     torch.testing.assert_close(result.student.stage2[0].first.weight, expected)
     again = load({**fields, "resume": True})()
     assert network_key(again.student) == network_key(result.student)
-    assert result.report().rows[1].cost.parameters == sum(p.numel() for p in result.student.parameters())
+    assert result.report().rows[1].measurement.parameters == sum(p.numel() for p in result.student.parameters())
 
 
 def test_mistakes_of_a_recipe_are_named_before_the_teacher_is_trained(monkeypatch):
@@ -283,6 +286,22 @@ def test_mistakes_of_a_recipe_are_named_before_the_teacher_is_trained(monkeypatc
         load({**RECIPE, "student": {"class_path": "LowRank", "init_args": {"rnk": 1}}})
     with pytest.raises(RecipeError, match=r"student='TaskLoss2'|no 'TaskLoss2'"):
         load({**RECIPE, "student": "TaskLoss2"})
+
+
+def test_a_comparison_takes_a_builder_as_a_student_of_one_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "STEPS", 1)
+    shared = {k: v for k, v in RECIPE.items() if k != "teacher_training"}
+    comparison = read_comparison({"recipe": shared, "methods": ["KD"], "seeds": 1})
+    cells, skipped = comparison.plan()
+    assert not skipped
+    costs = measure_networks(comparison, tmp_path)
+    assert costs["LowRank(rank=0.25)"].parameters < costs["SmallCNN(width=8)"].parameters
+    assert len(dict(timing.time_steps(cells, tmp_path))) == 2
+    teachers = {str(n): {"class_path": "SmallCNN", "init_args": {"width": n}} for n in (4, 8)}
+    with pytest.raises(RecipeError, match=r"students.LowRank\(rank=0.25\): it is derived from the teacher, so of 2"):
+        read_comparison({"recipe": shared, "teachers": teachers})
+    (refused,) = read_comparison("kd", methods=["LowRank"], seeds=1).plan()[1]
+    assert "LowRank: it changes the student" in refused.reason
 
 
 def test_a_builder_is_a_candidate(tmp_path):

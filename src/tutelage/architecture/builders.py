@@ -93,9 +93,10 @@ class StudentBuilder(ABC):
         try:
             watched(student, example, ())
         except Exception as error:
+            layers = ", ".join(_changed(structure)[:4]) or "a layer"
             raise ValueError(
-                f"{type(teacher).__name__}: {type(self).__name__} leaves a network that cannot be called: {error}; what "
-                f"calls {', '.join(_changed(structure)[:4]) or 'a layer'} or others reads them itself; name those in keep"
+                f"{type(teacher).__name__}: {type(self).__name__} leaves a network that cannot be called: {error}; "
+                f"something reads the weights of {layers} or others itself; name those in keep"
             ) from error
         return student, structure
 

@@ -75,8 +75,8 @@ class LowRank(StudentBuilder):
         keep: addresses of modules that stay whole (``"layer1.*"``).
 
     Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank Expansions",
-    https://arxiv.org/abs/1405.3866; they minimise the same error by alternating least squares too, and over the data's
-    responses; here the error is that of the weights, and distillation takes the place of the second.
+    https://arxiv.org/abs/1405.3866. Here the error of the weights is minimised, in closed form; distillation stands for
+    their second variant, which fits the data's responses.
 
     >>> from tutelage.models import SmallCNN
     >>> student = LowRank(0.25)(SmallCNN(width=8), torch.zeros(1, 1, 28, 28))

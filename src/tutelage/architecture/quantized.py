@@ -32,7 +32,7 @@ class Quantized(StudentBuilder):
     The paper's scheme C: the student starts from the trained full-precision weights, lowers the precision and is
     fine-tuned with the teacher's answers. The quantiser is that of
     :func:`tutelage.algorithms.quantized.fake_quantized.fake_quantize` (a symmetric grid for each output channel, the
-    gradient passed straight through), not the paper's, which is WRPN's; with ``activations`` the inputs of layers are
+    gradient passed straight through), not the paper's; with ``activations`` the inputs of layers are
     rounded too. :func:`tutelage.freeze_quantized` ends it; a run's ``student.safetensors`` holds plain weights with
     the quantised values, which load into the teacher's architecture. Needs the extra ``quantize``.
 

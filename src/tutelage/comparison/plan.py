@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutelage.building import RecipeError
+from tutelage.architecture.builders import StudentBuilder
+from tutelage.building import Builder, RecipeError
 from tutelage.catalogue import methods as catalogued
 from tutelage.comparison.cells import TRAINED, Cell, CellResult
 from tutelage.comparison.quoted import Quoted, read_quoted
@@ -191,6 +192,12 @@ def read_comparison(
     for where, patches in (("methods", named), ("students", students), ("teachers", teachers)):
         for name, patch in patches.items():
             _check_fields(patch, f"{where}.{name}")
+    for name, own in students.items():
+        if len(teachers) > 1 and _derived(own.get("student", shared.get("student"))):
+            raise RecipeError(
+                f"students.{name}: it is derived from the teacher, so of {len(teachers)} teachers it is as many "
+                "students; make a comparison for each"
+            )
     for name in students.keys() & teachers.keys():
         if students[name].get("student", shared.get("student")) != teachers[name].get("teacher", shared.get("teacher")):
             raise RecipeError(f"teachers.{name}: a student that is another network has this name; choose another")
@@ -395,6 +402,15 @@ def _models(value: Any, role: str, shared: dict[str, Any]) -> dict[str, dict[str
             raise RecipeError(f"{role}s.{name}={fields!r}: expected fields of a recipe with {role!r} among them")
         found[str(name)] = fields
     return found
+
+
+def _derived(spec: Any) -> bool:
+    """Whether a student is a builder of ours, by its name."""
+    try:
+        target = Builder(()).find(spec.get("class_path") if isinstance(spec, dict) else spec, "")
+    except RecipeError:  # of a module that is not known here to be trusted
+        return False
+    return isinstance(target, type) and issubclass(target, StudentBuilder)
 
 
 def _seeds(value: Any) -> list[int]:

@@ -8,9 +8,7 @@ from typing import Literal
 from torch import nn
 
 from tutelage.architecture.builders import StudentBuilder
-from tutelage.architecture.prune import Prune
-
-__all__ = ["PRECISIONS", "Candidate", "Precision", "Prune", "Shrink"]
+from tutelage.architecture.prune import Prune as Prune  # a candidate like every builder
 
 Precision = Literal["float32", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")

@@ -241,6 +241,31 @@ def test_general_measures_on_validation_data_as_often_as_it_is_asked():
     assert KDCL("general", loaders).validation is loaders.validation
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("rule", RULES)
+def test_peers_come_to_their_common_target_which_is_right_as_often_as_the_best(rule, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 6, generator=g)
+    y = (x[:, 0] > 0).long() + (x[:, 1] + 0.5 * torch.randn(64, generator=g) > 0.5).long()
+
+    def distance(losses) -> float:
+        c, teacher = cohort(2, seed), KDCL(rule)
+        d = Distillation(c, teacher, losses).bind((x, y))
+        optimizer = torch.optim.Adam(d.parameters(), lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            d((x, y)).total.backward()
+            optimizer.step()
+        d = Distillation(c, teacher, [KD(temperature=2.0, weight=1.0)]).bind((x, y))
+        with torch.no_grad():
+            target = teacher.lessons(d.views((x, y)), d.observer(d.views((x, y)).student))[0].teacher.logits
+            best = max(float((peer(x).argmax(1) == y).float().mean()) for peer in c.peers)
+            assert float((target.argmax(1) == y).float().mean()) >= best
+            return float(d((x, y))["KD"])
+
+    assert distance(KDCL(rule).losses()) < 0.85 * distance([TaskLoss()])
+
+
 def test_resuming_is_exact(tmp_path):
     x, y = batch(32)
     data = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 32, 4)]

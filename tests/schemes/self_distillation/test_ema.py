@@ -29,7 +29,7 @@ def test_consistency_equals_its_loop_and_lets_the_teacher_be():
         for a, b in pairs
     )
     value = consistency(student, teacher)
-    assert float(value) == pytest.approx(loop / 5)
+    assert value.item() == pytest.approx(loop / 5)
     value.backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None

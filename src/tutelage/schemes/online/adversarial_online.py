@@ -63,7 +63,9 @@ class FeatureCritic(Loss):
 
     The discriminator of maps (B, C, H, W) is two 3×3 convolutions, the second with stride 2, of tokens (B, N, C) and
     vectors (B, C) two linear layers, each with a leaky ReLU; then a linear layer, the mean over positions and a
-    sigmoid. It has no batch norm, so that a sample's verdict does not hang on the others'.
+    sigmoid. It has no batch norm, so that a sample's verdict does not hang on the others'. It must learn faster than
+    what it judges: between two perceptrons features came closer with a learner at 0.003 beside a discriminator at
+    0.01, and not with 0.01 beside 0.001.
 
     Args:
         taps: which features (one pair), by default the last stage's.

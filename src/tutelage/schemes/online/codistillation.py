@@ -21,6 +21,7 @@ from tutelage.knowledge.response.task import TaskLoss
 from tutelage.record import Record
 from tutelage.schemes.online.cohort import group_record
 from tutelage.schemes.online.exchange import DamagedWeights, Exchange, Published
+from tutelage.steps import Steps
 from tutelage.taps import Observer
 from tutelage.teachers import Lesson, Teacher
 from tutelage.views import Batch
@@ -147,7 +148,7 @@ class Codistillation(Teacher):
             )
         self._exchange = Exchange(self.folder, keep=None if self.lockstep else 2)
         self._observers = {j: Observer(network, teacher_reads) for j, network in self.copies.items()}
-        self._student, self._version, self._dry = (student,), _version(student), True
+        self._student, self._changes, self._dry = (student,), Steps(student), True
         return student_reads
 
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
@@ -181,7 +182,7 @@ class Codistillation(Teacher):
     def own_state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
-            "stepped": _version(self._student[0]) != self._version,
+            "stepped": self._changes.pending(),
             "seen": list(self.seen),
             "copies": [network.state_dict() for network in self.copies.values()],
         }
@@ -190,14 +191,12 @@ class Codistillation(Teacher):
         self.steps, self.seen, self._here = state["steps"], list(state["seen"]), True
         for network, weights in zip(self.copies.values(), state["copies"], strict=True):
             network.load_state_dict(weights)
-        # the student's weights were loaded just now, which is no step; one that was not counted yet still is
-        self._version = -1 if state["stepped"] else _version(self._student[0])
+        self._changes.restore(state["stepped"])
         self._exchange.forget(self.peer, after=self.steps)
 
     def _stepped(self) -> bool:
         """Count a step if the student's weights have changed since the last batch; returns whether they have."""
-        now = _version(self._student[0])
-        changed, self._version = now != self._version, now
+        changed = self._changes.taken()
         self.steps += changed
         return changed
 
@@ -274,8 +273,3 @@ class Codistillation(Teacher):
             if not self.lockstep:
                 return None
             self.pause()
-
-
-def _version(network: nn.Module) -> int:
-    """How often the parameters were changed in place, which every optimiser does."""
-    return sum(p._version for p in network.parameters())

@@ -23,14 +23,11 @@ Rule = Literal["naive", "linear", "min_logit", "general"]
 
 
 def naive_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """For each sample, 1 for the peer with the smallest cross-entropy and 0 for the others.
+    """For each sample, 1 for the peer with the smallest cross-entropy and 0 for the others; (N, M), without a graph.
 
     Args:
         logits: of each of M peers, (N, C).
         labels: (N) class numbers, or (N, C) probabilities; samples labelled -100 weigh all peers alike.
-
-    Returns:
-        (N, M), outside the graph.
 
     >>> unsure, right = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     >>> naive_weights([unsure, right], torch.tensor([1]))
@@ -38,7 +35,7 @@ def naive_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """
     relative, known = _relative(logits, labels)
     best = relative.logsumexp(2).argmin(0)
-    return _where_known(nn.functional.one_hot(best, len(relative)).to(relative), known)
+    return torch.where(known[:, None], nn.functional.one_hot(best, len(relative)).to(relative), 1 / len(relative))
 
 
 def linear_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -70,7 +67,7 @@ def linear_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
         rows = torch.arange(len(low), device=low.device)
         moved = _best_step(mixed, relative[low, rows] - relative[high, rows], weights[rows, high])
         weights = weights.scatter_add(1, low[:, None], moved[:, None]).scatter_add(1, high[:, None], -moved[:, None])
-    return _where_known(weights, known)
+    return torch.where(known[:, None], weights, 1 / peers)
 
 
 def _best_step(mixed: Tensor, direction: Tensor, most: Tensor) -> Tensor:
@@ -90,14 +87,11 @@ def _best_step(mixed: Tensor, direction: Tensor, most: Tensor) -> Tensor:
 def min_logit(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """z_c = min_m (z_mc − z_my): of each class the logit of the peer that is surest against it.
 
-    0 at the true class y. Its cross-entropy is at most that of the best peer.
+    (N, C), without a graph; 0 at the true class y. Its cross-entropy is at most that of the best peer.
 
     Args:
         logits: of each of M peers, (N, C).
         labels: (N) class numbers, or (N, C) probabilities; samples labelled -100 get the mean of the logits.
-
-    Returns:
-        (N, C), outside the graph.
 
     >>> min_logit([torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2.0, 0.0, 1.0]])], torch.tensor([0]))
     tensor([[ 0., -2., -2.]])
@@ -116,9 +110,8 @@ def error_correlation(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     Returns:
         (M, M), symmetric; float64.
 
-    >>> error_correlation([torch.tensor([[0.0, 0.0]]), torch.tensor([[100.0, 0.0]])], torch.tensor([1]))
-    tensor([[0.5000, 1.0000],
-            [1.0000, 2.0000]], dtype=torch.float64)
+    >>> error_correlation([torch.zeros(1, 2), torch.tensor([[100.0, 0.0]])], torch.tensor([1])).tolist()
+    [[0.5, 1.0], [1.0, 2.0]]
     """
     stacked = torch.stack([z.detach() for z in logits]).double()
     truth, known = _one_hot(stacked, labels)
@@ -305,7 +298,3 @@ def _one_hot(stacked: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"labels: {len(labels)} for logits of {samples} samples or positions")
     known = labels != UNLABELLED
     return nn.functional.one_hot(labels * known, classes).to(stacked) * known[:, None], known
-
-
-def _where_known(weights: Tensor, known: Tensor) -> Tensor:
-    return torch.where(known[:, None], weights, 1 / weights.shape[1])

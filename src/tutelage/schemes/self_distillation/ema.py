@@ -98,7 +98,7 @@ class EMA(PastSelf):
     >>> student, teacher, batch = nn.Linear(4, 3), EMA(decay=0.9), (torch.randn(8, 4), torch.arange(8) % 3)
     >>> d = Distillation(student, teacher, losses=teacher.losses()).bind(batch)
     >>> d(batch).total.backward()
-    >>> _ = student.weight.data.add_(1.0)
+    >>> _ = nn.init.ones_(student.weight)
     >>> _ = d(batch)  # the first step's weights are taken whole
     >>> bool((teacher.copy.weight == student.weight).all())
     True
@@ -119,7 +119,7 @@ class EMA(PastSelf):
         return [TaskLoss(), Consistency(weight=weight)]
 
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
-        if self.stepped():
+        if self.student_steps.taken():
             self.steps += 1
             self.take(max(1 / self.steps, 1 - self.decay))
         return super().lessons(batch, student)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tutelage.record import Record
+from tutelage.steps import Steps
 from tutelage.taps import Observer
 from tutelage.teachers import Lesson, Teacher
 from tutelage.views import Batch
@@ -18,17 +19,18 @@ from tutelage.views import Batch
 class PastSelf(Teacher):
     """Base of teachers that are a copy of the student: frozen, in eval mode, and saved with the run.
 
-    A subclass decides in :meth:`lessons` when the copy changes. :attr:`copy` is made when binding, with the weights
-    that the student has then.
+    A subclass decides in :meth:`lessons` when the copy changes, perhaps when :attr:`student_steps` says that the
+    student has. Both are made when binding, the copy with the weights that the student has then.
 
     Memory: one more network, and its activations without a graph.
     """
 
     copy: nn.Module
+    student_steps: Steps
 
     def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
         self.copy = copy.deepcopy(student).requires_grad_(False).eval()
-        self._student, self._seen = (student,), _version(student)
+        self._student, self.student_steps = (student,), Steps(student)
         self._observer, self._dry = Observer(self.copy, teacher_reads), True
         return student_reads
 
@@ -56,29 +58,16 @@ class PastSelf(Teacher):
                 else:
                     mine.copy_(theirs)
 
-    def stepped(self) -> bool:
-        """Whether the student's weights were changed in place since this was last asked: once a step, however many
-        batches it is made of."""
-        now = _version(self._student[0])
-        changed, self._seen = now != self._seen, now
-        return changed
-
     def apply(self, change: Callable[[nn.Module], Any]) -> None:
         if hasattr(self, "copy"):
             change(self.copy)
 
     def own_state(self) -> dict[str, Any]:
-        return {"copy": self.copy.state_dict(), "stepped": _version(self._student[0]) != self._seen}
+        return {"copy": self.copy.state_dict(), "stepped": self.student_steps.pending()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.copy.load_state_dict(state["copy"])
-        # the student's weights were loaded just now, which is no step; one that the copy had not seen yet still is
-        self._seen = -1 if state["stepped"] else _version(self._student[0])
-
-
-def _version(network: nn.Module) -> int:
-    """How often the parameters were changed in place, which every optimiser does."""
-    return sum(p._version for p in network.parameters())
+        self.student_steps.restore(state["stepped"])
 
 
 def _state(network: nn.Module) -> list[torch.Tensor]:
