@@ -122,9 +122,11 @@ from tutelage.schemes.self_distillation.early_exits import (
     exit_costs,
 )
 from tutelage.schemes.self_distillation.ema import EMA, Consistency
+from tutelage.schemes.self_distillation.hahn_choi import HahnChoi
 from tutelage.schemes.self_distillation.past_self import PastSelf
 from tutelage.schemes.self_distillation.progressive_self import ProgressiveSelf
 from tutelage.schemes.self_distillation.self_attention import SelfAttention
+from tutelage.schemes.self_distillation.snapshot import AsymmetricKD, Snapshot
 from tutelage.schemes.self_distillation.teacher_free_self import teacher_free_self
 from tutelage.teachers import Frozen, Lesson, NoTeacher, Teacher
 from tutelage.training import Training
@@ -161,6 +163,7 @@ __all__ = [
     "Altered",
     "AssistantPath",
     "Assisted",
+    "AsymmetricKD",
     "AttendedKD",
     "AttentionTransfer",
     "AveragedEnsemble",
@@ -208,6 +211,7 @@ __all__ = [
     "GatedBranches",
     "GeneralizedJSD",
     "Generator",
+    "HahnChoi",
     "HeatmapResponse",
     "Hidden",
     "HolisticKD",
@@ -264,6 +268,7 @@ __all__ = [
     "SimKD",
     "SimilarityPreserving",
     "SkewKL",
+    "Snapshot",
     "Stage",
     "StartAt",
     "StopAt",

@@ -29,7 +29,7 @@ SPEEDS = ("bf16", "channels_last", "fold", "compile", "int8")
 AUTO = SPEEDS[:3]
 """Those that ``"auto"`` tries: ``compile`` costs 6 to 36 s before it gains anything, and ``int8`` needs a runtime."""
 
-_ROUNDS = 5
+_ROUNDS = 3
 _GAIN = 0.95  # a form must take less than this part of the time, or it is not worth its deviation
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -132,8 +132,7 @@ class Form:
     _dry: bool = field(default=True, repr=False)
 
     def __call__(self, inputs: Inputs) -> Record:
-        device = next((t.device.type for t in inputs.tensors()), "cpu")
-        with torch.autocast(device, torch.bfloat16) if "bf16" in self.names else nullcontext():
+        with torch.autocast(_device(inputs), torch.bfloat16) if "bf16" in self.names else nullcontext():
             record = (self.observer.dry_run if self._dry else self.observer)(inputs)
         self._dry = False
         return record
@@ -187,45 +186,61 @@ def choose(
 ) -> Form | None:
     """The plain network's fastest form within the bounds, by the clock (``"auto"``), or with the accelerations named.
 
-    They are tried one upon another, in the order of :data:`SPEEDS`. One stays if with it the network keeps both bounds
-    on this batch and, if ``"auto"`` asks, takes less than 0.95 of the time without it (median of five rounds in turn).
-    Named ones are kept whatever the clock says. The choice is printed. Random numbers are as they were.
+    They are put one upon another, in the order of :data:`SPEEDS`. One is left out if the network does not allow it, or
+    if with it a bound is broken on this batch. Named ones are then kept. For ``"auto"`` each is taken away once, and
+    stays away unless the others alone take more than 1/0.95 of the time (median of three rounds in turn): some pay only
+    together, as bfloat16 does with channels last for depthwise convolutions. The choice is printed. Random numbers are
+    as they were.
 
     Returns:
         ``None`` where the plain network is best.
     """
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    best, found, left_out = None, None, []
-    current: Callable[[Inputs], Record] = plain
     with torch.random.fork_rng(cuda):
-        device = next((t.device.type for t in inputs.tensors()), "cpu")
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(_device(inputs), enabled=False):
             reference = plain(inputs)
+
+        def made(names: Sequence[str]) -> tuple[Form, Deviation]:
+            form = accelerated(plain, names, inputs)
+            found = Deviation.between(reference, form(inputs), [a.text for a in plain.addresses])
+            if not found.within(max_divergence, max_error):
+                raise Refused(str(found))
+            return form, found
+
+        best: tuple[Form, Deviation] | None = None
+        left_out = []
         for name in AUTO if speed == "auto" else speed:
             try:
-                form = accelerated(plain, [*(best.names if best else ()), name], inputs)
-                deviation = Deviation.between(reference, form(inputs), [a.text for a in plain.addresses])
+                best = made([*(best[0].names if best else ()), name])
             except Exception as error:  # tracers, compilers and runtimes have no error in common
                 left_out.append(f"{name} ({' '.join(str(error).split())[:200]})")
+        for name in best[0].names if best and speed == "auto" else ():
+            assert best is not None
+            rest = [n for n in best[0].names if n != name]
+            try:
+                without = made(rest) if rest else None
+            except Refused:
                 continue
-            if not deviation.within(max_divergence, max_error):
-                left_out.append(f"{name} ({deviation})")
-            elif speed != "auto" or time_ratio(form, current, inputs) < _GAIN:
-                best = current = form
-                found = deviation
-        kind = type(plain.model).__name__
-        words = "" if speed == "auto" or not left_out else f"; left out: {', '.join(left_out)}"
-        if best is None:
-            reason = "nothing tried is faster within the bounds" if speed == "auto" else "nothing named is possible"
-            say(f"teacher {kind}: plain, {reason}{words}")
-        else:
-            gain = 1 / time_ratio(best, plain, inputs)
-            say(f"teacher {kind}: {' + '.join(best.names)}, {gain:.2g} times as fast ({found}){words}")
-    return best
+            if time_ratio(best[0], without[0] if without else plain, inputs) > _GAIN:
+                best = without
+        gain = 1 / time_ratio(best[0], plain, inputs) if best else 1.0
+        if speed == "auto" and gain < 1 / _GAIN:
+            best = None
+    words = "plain: nothing faster is possible within the bounds"
+    if best:
+        words = f"{' + '.join(best[0].names)}, {gain:.2g} times as fast ({best[1]})"
+    if left_out and speed != "auto":
+        words += f"; left out: {', '.join(left_out)}"
+    say(f"teacher {type(plain.model).__name__}: {words}")
+    return best[0] if best else None
+
+
+def _device(inputs: Inputs) -> str:
+    return next((t.device.type for t in inputs.tensors()), "cpu")
 
 
 def time_ratio(form: Callable[[Inputs], Any], other: Callable[[Inputs], Any], inputs: Inputs) -> float:
-    """Time of one over the time of the other, in turn: the median of five rounds.
+    """Time of one over the time of the other, in turn: the median of three rounds.
 
     After a first round in which it takes more than twice as long (bfloat16 where the processor has to imitate it) it
     is not called again.

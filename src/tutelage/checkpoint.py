@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from tutelage.console import say
 from tutelage.files import replacing
 
-_FIXED = ("epochs", "steps", "optimizer", "lr", "weight_decay", "momentum", "scheduler", "accumulate", "seed")
+_FIXED = ("epochs", "steps", "optimizer", "lr", "weight_decay", "momentum", "scheduler", "cycles", "accumulate", "seed")
 
 
 class RunFolder:

@@ -166,6 +166,7 @@ class Distillation(nn.Module):
                     if loss.resolve(*names, batch):
                         where = ", ".join(f"student {s!r} ← teacher {t!r}" for s, t in loss.pairs)
                         say(f"{loss.name} reads {where}")
+                self.teacher.check(list(self.terms.values()))
                 reads_s = [s for loss in self.terms.values() for s, _ in loss.pairs]
                 reads_t = [t for loss in self.terms.values() if loss.needs_teacher for _, t in loss.pairs]
                 observer = Observer(self.student, self.teacher.bind(self.student, reads_s, reads_t))

@@ -40,8 +40,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
     """Nobody else is inside such a block with the same path; the lock ends with the process, however that ends.
+
+    Args:
+        path: of the file that is locked, made if need be.
+        wait: until the others are out, instead of an error.
 
     Raises:
         BlockingIOError: another process (or another block of this one) holds it.
@@ -55,7 +59,7 @@ def locked(path: str | Path) -> Iterator[None]:
     with path.open("a") as file:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise BlockingIOError(
                     f"{path.parent}: another process is at work there; wait for it or stop it"

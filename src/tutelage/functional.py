@@ -73,14 +73,17 @@ from tutelage.schemes.online.one import gated_logits
 from tutelage.schemes.self_distillation.be_your_own_teacher import hint_distance
 from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
 from tutelage.schemes.self_distillation.ema import consistency
+from tutelage.schemes.self_distillation.hahn_choi import hahn_choi, word_closeness
 from tutelage.schemes.self_distillation.progressive_self import progressive_self
 from tutelage.schemes.self_distillation.self_attention import attention_mimicry
+from tutelage.schemes.self_distillation.snapshot import asymmetric_kd
 
 __all__ = [
     "absolute_teacher",
     "activation_boundary",
     "aggregate",
     "aggregated_hint",
+    "asymmetric_kd",
     "attended_divergence",
     "attention_divergence",
     "attention_graph_divergence",
@@ -125,6 +128,7 @@ __all__ = [
     "graph_edges",
     "graph_transformation",
     "graph_vertices",
+    "hahn_choi",
     "heatmap_response",
     "hierarchical_context",
     "hint_distance",

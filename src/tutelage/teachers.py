@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tutelage.acceleration import Form, accelerated, choose, known_speed
+from tutelage.knowledge.base import Loss
 from tutelage.record import Record
 from tutelage.taps import Observer
 from tutelage.views import Batch, Inputs
@@ -51,6 +52,9 @@ class Teacher:
     def bind(self, student: nn.Module, student_reads: list[str], teacher_reads: list[str]) -> list[str]:
         """Take note of what the losses read; return the addresses to tap in the student."""
         return student_reads
+
+    def check(self, losses: Sequence[Loss]) -> None:
+        """Refuse losses that it cannot teach with, by a ``ValueError``; called when binding, their taps resolved."""
 
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
         raise NotImplementedError(f"{type(self).__name__} does not say how it teaches")

@@ -35,6 +35,7 @@ class Training:
         momentum: of SGD.
         scheduler: ``"cosine"`` to 0, ``"step"`` (÷10 at 62.5 %, 75 % and 87.5 %), ``"onecycle"``, ``"constant"``, or a
             function of the optimiser that makes one; it is stepped after every optimiser step.
+        cycles: of ``"cosine"``: it falls to 0 and begins anew so often, in equal parts of the training.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast; losses calculate in float32 all the same.
         accumulate: batches in one optimiser step; every term is normalised over all of them.
         clip: the largest norm of the gradient.
@@ -72,6 +73,7 @@ class Training:
     weight_decay: float = 5e-4
     momentum: float = 0.9
     scheduler: str | MakeScheduler = "cosine"
+    cycles: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: int = 1
     clip: float | None = None
@@ -91,7 +93,16 @@ class Training:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs={self.epochs}, steps={self.steps}: give one of them")
-        whole = ("epochs", "steps", "accumulate", "patience", "checkpoint_every", "evaluate_every", "keep_every")
+        whole = (
+            "epochs",
+            "steps",
+            "cycles",
+            "accumulate",
+            "patience",
+            "checkpoint_every",
+            "evaluate_every",
+            "keep_every",
+        )
         for name in (*whole, "log_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -101,6 +112,8 @@ class Training:
                 raise ValueError(f"{name}={number}: expected a positive number")
         _known("optimizer", self.optimizer, ("sgd", "adamw"))
         _known("scheduler", self.scheduler, ("cosine", "step", "onecycle", "constant"))
+        if self.cycles > 1 and self.scheduler != "cosine":
+            raise ValueError(f"cycles={self.cycles}: only scheduler='cosine' has cycles, and it is {self.scheduler!r}")
         _known("precision", self.precision, ("no", "bf16", "fp16"))
         _known("monitor", self.monitor, (*HIGHER_IS_BETTER, "nll", "ece", "teacher_kl", "error"))
 
@@ -145,6 +158,8 @@ class Training:
         schedulers = torch.optim.lr_scheduler
         if callable(self.scheduler):
             return self.scheduler(optimizer)
+        if self.cycles > 1:
+            return schedulers.LambdaLR(optimizer, functools.partial(_in_cycles, steps=steps, cycles=self.cycles))
         if self.scheduler == "cosine":
             return schedulers.CosineAnnealingLR(optimizer, T_max=steps)
         if self.scheduler == "step":
@@ -158,6 +173,15 @@ class Training:
     def description(self) -> dict[str, Any]:
         """The settings as plain values, to write into the run's folder."""
         return {k: v if isinstance(v, int | float | str | list | None) else _name(v) for k, v in vars(self).items()}
+
+
+def _in_cycles(step: int, steps: int, cycles: int) -> float:
+    """The part of the learning rate in a cosine that begins anew ``cycles`` times.
+
+    >>> [round(_in_cycles(step, steps=8, cycles=2), 3) for step in range(8)]
+    [1.0, 0.854, 0.5, 0.146, 1.0, 0.854, 0.5, 0.146]
+    """
+    return (1 + math.cos(math.pi * (step * cycles % steps) / steps)) / 2
 
 
 def _unchanged(step: int) -> float:

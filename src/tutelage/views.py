@@ -81,6 +81,21 @@ class Inputs:
         return Inputs(tuple(apply(a) for a in self.args), {k: apply(v) for k, v in self.kwargs.items()})
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Which of its augmentations each sample of a batch shows, where these are a function of numbers alone.
+
+    Args:
+        view: (B,) integers from 0 to ``views`` − 1.
+        views: how many views of a sample there are.
+        seed: of the augmentation.
+    """
+
+    view: Tensor
+    views: int
+    seed: int
+
+
 @dataclass
 class Batch:
     """One batch as the two models and the losses see it.
@@ -93,6 +108,7 @@ class Batch:
         progress: the part of the training that is done, 0 to 1.
         population: how many samples the training set has, if that is known (only when binding).
         differentiable: whether a loss derives outputs with respect to the inputs, which then require gradients.
+        replay: which augmentation each sample shows, if the data can show it again (:mod:`tutelage.data.replayed`).
     """
 
     student: Inputs
@@ -102,6 +118,7 @@ class Batch:
     progress: float = 0.0
     population: int | None = None
     differentiable: bool = False
+    replay: Replay | None = None
 
     def with_gradients(self) -> Batch:
         """The same batch with inputs of its own that require gradients.

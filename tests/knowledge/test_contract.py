@@ -61,6 +61,7 @@ from tutelage.knowledge.response.wsld import weighted_soft_labels
 from tutelage.record import in_float32
 from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
 from tutelage.schemes.self_distillation.ema import consistency
+from tutelage.schemes.self_distillation.snapshot import asymmetric_kd
 from tutelage.schemes.self_distillation.self_attention import attention_mimicry
 
 ROWS, MAP = (6, 9), (6, 4, 5, 3)
@@ -87,6 +88,7 @@ FORMULAS = [
     pytest.param(lambda s, t: skew_kl(s, t, reverse=True), ROWS, id="skew_kl, reverse"),
     pytest.param(total_variation, ROWS, id="total_variation"),
     pytest.param(lambda s, t: top_k_kd(s, t, 3), ROWS, id="top_k_kd"),
+    pytest.param(asymmetric_kd, ROWS, id="asymmetric_kd"),
     pytest.param(consistency, ROWS, id="consistency"),
     pytest.param(logit_regression, ROWS, id="logit_regression"),
     pytest.param(lambda s, t: logit_regression(s, t, centre=True), ROWS, id="logit_regression, centred"),

@@ -26,9 +26,11 @@ from tutelage.data.packed import (
     mnist,
 )
 from tutelage.data.pairs import ClassPairs, PairedArrays, PairedBatch, paired, paired_loaders
+from tutelage.data.replayed import Replayed, replayed, replayed_loaders
 from tutelage.data.scenes import Scenes, fashion_detection_loaders, fashion_keypoint_loaders, scattered
 from tutelage.data.shards import shard, sharded
 from tutelage.data.splits import split, unlabel
+from tutelage.data.text import TokenSet, pydoc_loaders, pydoc_topics
 
 __all__ = [
     "ArrayDataset",
@@ -41,7 +43,9 @@ __all__ = [
     "Loaders",
     "PairedArrays",
     "PairedBatch",
+    "Replayed",
     "Scenes",
+    "TokenSet",
     "cifar10",
     "cifar10_loaders",
     "cifar100",
@@ -62,6 +66,10 @@ __all__ = [
     "mnist",
     "paired",
     "paired_loaders",
+    "pydoc_loaders",
+    "pydoc_topics",
+    "replayed",
+    "replayed_loaders",
     "scattered",
     "shard",
     "sharded",

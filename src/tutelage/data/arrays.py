@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from tutelage.data.keyed import uniform
 from tutelage.views import UNLABELLED
 
 
@@ -46,11 +47,27 @@ class CropFlip:
     def __call__(self, images: Tensor) -> Tensor:
         if images.ndim == 3:
             return self(images[None])[0]
+        n, span = len(images), 2 * self.padding + 1
+        rows = torch.randint(span, (n,))
+        columns = torch.randint(span, (n,))
+        mirrored = torch.rand(n) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
+        return self._moved(images, rows, columns, mirrored)
+
+    def replay(self, images: Tensor, keys: np.ndarray) -> Tensor:
+        """The same with each image's draws from its key alone, so that a key gives one image in every batch.
+
+        Args:
+            images: (N, C, H, W).
+            keys: (N,) uint64 (:func:`tutelage.data.keyed.keys_of`).
+        """
+        span = 2 * self.padding + 1
+        rows, columns = (torch.from_numpy((uniform(keys, n) * span).astype(np.int64)) for n in (0, 1))
+        mirrored = torch.from_numpy((uniform(keys, 2) < 0.5) & self.flip)
+        return self._moved(images, rows, columns, mirrored)
+
+    def _moved(self, images: Tensor, rows: Tensor, columns: Tensor, mirrored: Tensor) -> Tensor:
         n, _, height, width = images.shape
         p = self.padding
-        rows = torch.randint(2 * p + 1, (n,))
-        columns = torch.randint(2 * p + 1, (n,))
-        mirrored = torch.rand(n) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
         if p == 0 and not self.flip:
             return images
         # One gather does crop and flip: each output pixel names the input pixel it is read from.
@@ -284,13 +301,17 @@ class ArrayLoader:
         data = self.dataset
         images = data.images[ids].permute(0, 3, 1, 2)
         if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would reseed the accelerators as well.
-                torch.default_generator.manual_seed(seed)
-                images = self.augment(images)
+            images = self._augmented(images, ids, seed)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         inputs = data.normalise(images.contiguous(memory_format=layout))
         return (inputs, data.labels[ids], ids) if self.ids else (inputs, data.labels[ids])
+
+    def _augmented(self, images: Tensor, ids: Tensor, seed: int) -> Tensor:
+        assert self.augment is not None
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators as well.
+            torch.default_generator.manual_seed(seed)
+            return self.augment(images)
 
 
 def _distributed() -> bool:

@@ -20,6 +20,7 @@ from tutelage.models.mobilenetv2 import MobileNetV2, mobilenetv2_half
 from tutelage.models.shufflenet_v1 import ShuffleNetV1, shufflenetv1
 from tutelage.models.shufflenet_v2 import ShuffleNetV2, shufflenetv2
 from tutelage.models.small import MLP, SmallCNN
+from tutelage.models.small_language import SmallLanguageModel, SmallLSTM
 from tutelage.models.small_transformer import SmallTransformer, TransformerOutput
 from tutelage.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from tutelage.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
@@ -36,6 +37,8 @@ __all__ = [
     "SmallCNN",
     "SmallDetector",
     "SmallKeypoints",
+    "SmallLSTM",
+    "SmallLanguageModel",
     "SmallTransformer",
     "TransformerOutput",
     "WideResNet",

@@ -25,30 +25,39 @@ class TransformerOutput(NamedTuple):
 class SelfAttention(nn.Module):
     """Multi-head self-attention, which returns its probabilities beside its result.
 
+    Args:
+        width: of the tokens; a multiple of ``heads``.
+        heads: how many.
+        causal: no token attends to a later one.
+
     >>> y, probabilities = SelfAttention(8, heads=2)(torch.zeros(1, 3, 8))
     >>> y.shape, probabilities.shape
     (torch.Size([1, 3, 8]), torch.Size([1, 2, 3, 3]))
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        probabilities = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        probabilities = scores.softmax(-1)
         return self.out((probabilities @ value).transpose(1, 2).flatten(2)), probabilities
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the probabilities are added to the list that is given."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
