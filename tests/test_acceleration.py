@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import tutelage.acceleration as acceleration
+import tutelage.speedup as speedup
 from tutelage import KD, RKD, AttentionTransfer, Distillation, FitNets, Frozen, RouteConstrained, TaskLoss, Training
-from tutelage.acceleration import AUTO, Deviation, accelerated, choose, known_speed, time_ratio
+from tutelage.acceleration import AUTO, accelerated, known_speed
 from tutelage.data import fashion_loaders
 from tutelage.engine import fit
 from tutelage.knowledge.feature.jacobian import Jacobian
 from tutelage.models import SmallCNN, resnet8
 from tutelage.recipe import RecipeError, load
 from tutelage.record import Record
+from tutelage.speedup import Deviation, choose, time_ratio
 from tutelage.taps import Observer
 from tutelage.views import Inputs, read_batch
 
@@ -69,7 +70,7 @@ def clock(monkeypatch, seconds):
     def names(form):
         return getattr(form, "names", ())
 
-    monkeypatch.setattr(acceleration, "time_ratio", lambda one, two, inputs: seconds(names(one)) / seconds(names(two)))
+    monkeypatch.setattr(speedup, "time_ratio", lambda one, two, inputs: seconds(names(one)) / seconds(names(two)))
 
 
 # what an accelerated network says
@@ -122,7 +123,7 @@ def test_published_networks_keep_their_taps(library):
     assert rounded.error < 0.05
     assert rounded.divergence < 0.01
     norms = [sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (network, form.observer.model)]
-    assert norms[1] <= 1 < norms[0]  # timm's first one stands in a tap of its own
+    assert norms[1] == 0 < norms[0]
 
 
 # folding
@@ -159,6 +160,7 @@ class Wired(nn.Module):
         ([], {"plain", "block"}),
         (["plain"], {"block"}),
         (["plain_norm:input"], {"block"}),
+        (["plain_norm", "plain:input", "block:input"], {"plain", "block"}),
         (["block"], {"plain"}),
         (["block.1"], {"plain"}),
         ([":input", "linear:input"], {"plain", "block"}),
@@ -204,10 +206,21 @@ def test_deviation_is_that_of_a_loop():
     assert found.error == pytest.approx(float((p - q).norm() / p.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("other", [torch.full((2, 3), float("nan")), torch.zeros(2, 4), torch.full((2, 3), 1e38)])
+@pytest.mark.parametrize(
+    "other", [torch.full((2, 3), float("nan")), torch.zeros(2, 4), torch.full((2, 3), float("inf"))]
+)
 def test_what_cannot_be_compared_is_within_no_bound(other):
-    found = Deviation.between(Record(torch.ones(2, 3)), Record(other), ["@logits"])
-    assert not found.within(1e9, 1e9)
+    for reads in (["@logits"], ["good", "bad"]):
+        plain, odd = Record(torch.ones(2, 3)), Record(other if reads == ["@logits"] else torch.ones(2, 3))
+        plain.taps = {"good": torch.ones(2), "bad": torch.ones(2, 3)}
+        odd.taps = {"good": torch.full((2,), 1.1), "bad": other}
+        assert not Deviation.between(plain, odd, reads).within(1e9, 1e9)
+
+
+def test_a_dead_layer_that_comes_alive_is_within_no_bound():
+    dead, alive = Record(None, {"f": torch.zeros(2)}), Record(None, {"f": torch.full((2,), 1e-30)})
+    assert not Deviation.between(dead, alive, ["f"]).within(1e9, 1e9)
+    assert Deviation.between(dead, dead, ["f"]).within(0, 0)
 
 
 def test_a_bound_of_nothing_lets_nothing_pass_that_changes_a_bit(trained, capsys):
@@ -427,13 +440,13 @@ def test_a_resumed_run_takes_the_stored_choice(trained, tmp_path, monkeypatch):
 def test_several_processes_have_the_first_ones_choice(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
-        "import sys, torch, torch.distributed as dist, tutelage.acceleration as acceleration\n"
+        "import sys, torch, torch.distributed as dist, tutelage.speedup as speedup\n"
         "from torch import nn\n"
         "from tutelage import KD, Distillation, Frozen\n"
         "rank = int(sys.argv[1])\n"
         "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
         "def time(form): return (0.5 if rank == 0 else 2.0) if getattr(form, 'names', ()) else 1.0\n"
-        "acceleration.time_ratio = lambda one, two, inputs: time(one) / time(two)\n"
+        "speedup.time_ratio = lambda one, two, inputs: time(one) / time(two)\n"
         "torch.manual_seed(0)\n"
         "d = Distillation(nn.Linear(4, 3), Frozen(nn.Linear(4, 3), speed='auto'), [KD()]).bind(torch.ones(2, 4))\n"
         "d(torch.ones(2, 4) * (rank + 1))\n"

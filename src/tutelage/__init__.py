@@ -25,6 +25,7 @@ from tutelage.architecture.residual_kd import Assisted, ResidualKD, split_width
 from tutelage.architecture.separable import Separable
 from tutelage.architecture.teacher_assistant import teacher_assistant
 from tutelage.beside import SideLearner
+from tutelage.cache import Cached
 from tutelage.catalogue import method, methods
 from tutelage.distillation import Distillation, Losses
 from tutelage.distilling import Result, distill
@@ -171,6 +172,7 @@ __all__ = [
     "BeYourOwnTeacher",
     "BranchTree",
     "Branches",
+    "Cached",
     "ChannelWise",
     "ClassWise",
     "CleanToNoisy",

@@ -1,26 +1,21 @@
-"""A frozen network made cheaper: changes to a copy of it, how far each moves what it says, and which ones pay."""
+"""A frozen network made cheaper: changes to a copy of it that leave its names and, nearly, its words."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tutelage.console import say
 from tutelage.errors import nearest
-from tutelage.knowledge.base import classes_last
-from tutelage.record import Record, in_float32, logits_of
+from tutelage.record import Record
 from tutelage.taps import Address, Observer
 from tutelage.views import Inputs
 
@@ -29,8 +24,6 @@ SPEEDS = ("bf16", "channels_last", "fold", "compile", "int8")
 AUTO = SPEEDS[:3]
 """Those that ``"auto"`` tries: ``compile`` costs 6 to 36 s before it gains anything, and ``int8`` needs a runtime."""
 
-_ROUNDS = 3
-_GAIN = 0.95  # a form must take less than this part of the time, or it is not worth its deviation
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -67,55 +60,6 @@ class Refused(ValueError):
     """An acceleration that this network, or what is read of it, does not allow."""
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """How far an accelerated network is from the plain one on a batch.
-
-    Args:
-        divergence: mean KL(plain ‖ accelerated) of the logits' softmax at T = 1, in nats; 0 where there are no logits.
-        error: the largest ‖accelerated − plain‖ / ‖plain‖ of the tensors that are read.
-    """
-
-    divergence: float
-    error: float
-
-    @classmethod
-    def between(cls, plain: Record, other: Record, reads: Iterable[str]) -> Deviation:
-        """Of two records of the same batch; infinite where a tensor has another shape or is not finite.
-
-        >>> one, two = Record(torch.tensor([[1.0, 0.0]])), Record(torch.tensor([[0.0, 1.0]]))
-        >>> found = Deviation.between(one, two, ["@logits"])
-        >>> round(found.divergence, 4), round(found.error, 4)  # 2·σ(1) − 1, and √2
-        (0.4621, 1.4142)
-        """
-        error = max((_relative_error(plain[name], other[name]) for name in reads), default=0.0)
-        p, q = logits_of(plain.output), logits_of(other.output)
-        if p is None or q is None:
-            return cls(0.0, error)
-        if p.shape != q.shape:
-            return cls(float("inf"), error)
-        log_p, log_q = (classes_last(in_float32(x)).double().log_softmax(1) for x in (p, q))
-        # below zero it can be by rounding alone
-        return cls(float((log_p.exp() * (log_p - log_q)).sum(1).mean().clamp(min=0)), error)
-
-    def within(self, max_divergence: float, max_error: float) -> bool:
-        """Whether both bounds are kept; with a bound of 0 nothing may differ in a single bit."""
-        if not max_divergence or not max_error:
-            return self.error == 0 and self.divergence == 0
-        return self.divergence <= max_divergence and self.error <= max_error  # not so for NaN
-
-    def __str__(self) -> str:
-        return f"KL {self.divergence:.2g} nats, relative error {self.error:.2g}"
-
-
-def _relative_error(plain: Tensor, other: Tensor) -> float:
-    if plain.shape != other.shape:
-        return float("inf")
-    plain, other = plain.double(), other.double()
-    difference = float((other - plain).norm())
-    return difference / float(plain.norm()) if difference else 0.0  # by zero is infinite or refused just as well
-
-
 @dataclass
 class Form:
     """A copy of a network, accelerated: called with a batch's inputs it gives a :class:`Record`, as an observer does.
@@ -132,7 +76,7 @@ class Form:
     _dry: bool = field(default=True, repr=False)
 
     def __call__(self, inputs: Inputs) -> Record:
-        with torch.autocast(_device(inputs), torch.bfloat16) if "bf16" in self.names else nullcontext():
+        with torch.autocast(device_of(inputs), torch.bfloat16) if "bf16" in self.names else nullcontext():
             record = (self.observer.dry_run if self._dry else self.observer)(inputs)
         self._dry = False
         return record
@@ -181,87 +125,9 @@ def accelerated(plain: Observer, names: Sequence[str], inputs: Inputs | None = N
     return Form(tuple(names), Observer(network, [address.text for address in plain.addresses]))
 
 
-def choose(
-    plain: Observer, inputs: Inputs, speed: str | tuple[str, ...], max_divergence: float, max_error: float
-) -> Form | None:
-    """The plain network's fastest form within the bounds, by the clock (``"auto"``), or with the accelerations named.
-
-    They are put one upon another, in the order of :data:`SPEEDS`. One is left out if the network does not allow it, or
-    if with it a bound is broken on this batch. Named ones are then kept. For ``"auto"`` each is taken away once, and
-    stays away unless the others alone take more than 1/0.95 of the time (median of three rounds in turn): some pay only
-    together, as bfloat16 does with channels last for depthwise convolutions. The choice is printed. Random numbers are
-    as they were.
-
-    Returns:
-        ``None`` where the plain network is best.
-    """
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(cuda):
-        with torch.autocast(_device(inputs), enabled=False):
-            reference = plain(inputs)
-
-        def made(names: Sequence[str]) -> tuple[Form, Deviation]:
-            form = accelerated(plain, names, inputs)
-            found = Deviation.between(reference, form(inputs), [a.text for a in plain.addresses])
-            if not found.within(max_divergence, max_error):
-                raise Refused(str(found))
-            return form, found
-
-        best: tuple[Form, Deviation] | None = None
-        left_out = []
-        for name in AUTO if speed == "auto" else speed:
-            try:
-                best = made([*(best[0].names if best else ()), name])
-            except Exception as error:  # tracers, compilers and runtimes have no error in common
-                left_out.append(f"{name} ({' '.join(str(error).split())[:200]})")
-        for name in best[0].names if best and speed == "auto" else ():
-            assert best is not None
-            rest = [n for n in best[0].names if n != name]
-            try:
-                without = made(rest) if rest else None
-            except Refused:
-                continue
-            if time_ratio(best[0], without[0] if without else plain, inputs) > _GAIN:
-                best = without
-        gain = 1 / time_ratio(best[0], plain, inputs) if best else 1.0
-        if speed == "auto" and gain < 1 / _GAIN:
-            best = None
-    words = "plain: nothing faster is possible within the bounds"
-    if best:
-        words = f"{' + '.join(best[0].names)}, {gain:.2g} times as fast ({best[1]})"
-    if left_out and speed != "auto":
-        words += f"; left out: {', '.join(left_out)}"
-    say(f"teacher {type(plain.model).__name__}: {words}")
-    return best[0] if best else None
-
-
-def _device(inputs: Inputs) -> str:
+def device_of(inputs: Inputs) -> str:
+    """The type of the device that a batch is on."""
     return next((t.device.type for t in inputs.tensors()), "cpu")
-
-
-def time_ratio(form: Callable[[Inputs], Any], other: Callable[[Inputs], Any], inputs: Inputs) -> float:
-    """Time of one over the time of the other, in turn: the median of three rounds.
-
-    After a first round in which it takes more than twice as long (bfloat16 where the processor has to imitate it) it
-    is not called again.
-    """
-    first = _seconds(form, inputs) / _seconds(other, inputs)
-    if first > 2:
-        return first
-    return statistics.median(_seconds(form, inputs) / _seconds(other, inputs) for _ in range(_ROUNDS))
-
-
-def _seconds(call: Callable[[Inputs], Any], inputs: Inputs) -> float:
-    _wait()
-    began = time.perf_counter()
-    call(inputs)
-    _wait()
-    return time.perf_counter() - began
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def _fold(network: nn.Module, addresses: Sequence[Address]) -> None:
@@ -286,9 +152,8 @@ def _fold(network: nn.Module, addresses: Sequence[Address]) -> None:
         after = next(iter(node.users))
         if not alone(after, _NORMS) or modules[after.target].running_var is None:
             continue
-        # an address that contains the one and not the other may be that of the tensor between them
-        names = [str(node.target), str(after.target)]
-        if any(_contains(a.name, names[0]) != _contains(a.name, names[1]) for a in addresses if not a.field):
+        names = (str(node.target), str(after.target))
+        if any(_may_be_between(address, *names) for address in addresses):
             continue
         folded = fuse_conv_bn_eval(modules[names[0]], modules[names[1]])  # type: ignore[type-var]
         for name, module in zip(names, (folded, nn.Identity()), strict=True):
@@ -299,8 +164,12 @@ def _fold(network: nn.Module, addresses: Sequence[Address]) -> None:
         raise Refused("no batch norm can be folded into a convolution")
 
 
-def _contains(name: str, module: str) -> bool:
-    return not name or module == name or module.startswith(f"{name}.")
+def _may_be_between(address: Address, first: str, second: str) -> bool:
+    """Whether it can be the address of what one module gives the next: a whole that ends or begins there has it too."""
+    if address.field or not address.name:
+        return False
+    inside = [f"{module}.".startswith(f"{address.name}.") for module in (first, second)]
+    return inside == ([False, True] if address.input else [True, False])
 
 
 def _round_weights(network: nn.Module) -> None:

@@ -29,7 +29,10 @@ from tutelage.training import Training
 # Places and not whole packages: nearly every library has functions somewhere that run a command, unpickle a file or
 # fetch code. Models of other libraries come through `create`, data through `tutelage.data`.
 TRUSTED = (
-    *(f"tutelage.{part}" for part in ("algorithms", "applications", "architecture", "data", "knowledge", "models")),
+    *(
+        f"tutelage.{part}"
+        for part in ("algorithms", "applications", "architecture", "cache", "data", "knowledge", "models")
+    ),
     *(f"tutelage.{part}" for part in ("schemes", "schedule", "teachers", "training", "views")),
     "torch.nn",
     "torch.optim",

@@ -1,4 +1,4 @@
-"""A teacher whose outputs are kept on disk: it runs once for each view of a sample, whatever the number of epochs and runs.
+"""A teacher whose outputs are kept on disk: it runs once for each view of a sample, however many epochs and runs.
 
 The folder holds ``manifest.json`` (whose outputs, of which augmentation, in which codec, and which tensors), shards of
 rows (:mod:`tutelage.cache_files`), and ``lock``. What is in it and how good it is, :meth:`Cache.held` says.
@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 def fingerprint(module: nn.Module) -> str:
-    """What a network is, as 64 hexadecimal digits: SHA-256 of its class's name, its printed structure and its state dict.
+    """What a network is, in 64 hexadecimal digits: SHA-256 of its class's name, printed structure and state dict.
 
     Modes, devices and memory formats do not count. Code does not either: two networks of one name, structure and state
     whose ``forward`` differs have the same fingerprint.
@@ -216,7 +216,7 @@ class Cache:
             fields = there or {**self.about, "tensors": {}}
             if address not in fields["tensors"]:
                 name = re.sub(r"[^A-Za-z0-9.]+", "_", address).strip("_")
-                entry = {"shape": list(shape), "files": f"{len(fields['tensors']):02d}-{name}", "rows_per_shard": None}
+                entry: dict[str, Any] = {"shape": list(shape), "files": f"{len(fields['tensors']):02d}-{name}", "rows_per_shard": None}
                 self._take({address: entry})
                 rows = self.rows[address]
                 entry |= {"rows_per_shard": rows.per_shard, "row_bytes": rows.dtype.itemsize}
@@ -285,8 +285,8 @@ class Cached(Frozen):
     >>> role = Cached(teacher, tempfile.mkdtemp(), codec="float32")
     >>> cached = Distillation(nn.Linear(8, 3), role, [KD()]).bind(batch)
     >>> teacher.forward = None  # it is not called again
-    >>> float(cached(batch).total) > 0, role.cache.held()[0].rows
-    (True, 5)
+    >>> cached(batch)["KD"] >= 0, role.cache.held()[0].rows
+    (tensor(True), 5)
     """
 
     def __init__(self, module: nn.Module, folder: str, codec: Name = "float16", k: int = 10, temperature: float = 1.0):
@@ -304,7 +304,7 @@ class Cached(Frozen):
             if self.codec.name == "top_k" and any(theirs == "@logits" for _, theirs in loss.pairs):
                 at = {m.temperature for m in loss.modules() if hasattr(m, "temperature")}
                 if at != {self.codec.temperature}:
-                    said = f"temperature {', '.join(map(str, sorted(at)))}" if at else "no temperature"
+                    said = f"temperature {', '.join(sorted(map(str, at)))}" if at else "no temperature"
                     raise ValueError(
                         f"{loss.name} has {said}, and the cache keeps the likeliest classes at temperature "
                         f"{self.codec.temperature}: expected the same, or another codec than top_k"
@@ -402,13 +402,17 @@ def fill(
         batches: gives the batches of a view.
         views: how many there are.
         after: called with the number of samples after each batch.
+
+    Raises:
+        ValueError: there is nothing to keep.
     """
     for view in range(views):
         for batch in batches(view):
             role.lessons(batch, Record())
             if after is not None:
                 after(len(batch))
-    assert role.cache is not None, "the data gave no batch"
+    if role.cache is None:
+        raise ValueError("cache: nothing to keep: the data gave no batch, or no loss reads the teacher")
     return role.cache.sum_up()
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import docstring_parser
 
-from tutelage.commands import compare, compress, demo, distill, export, gap, inspect, measure, methods, tune
+from tutelage.commands import cache, compare, compress, demo, distill, export, gap, inspect, measure, methods, tune
 from tutelage.console import say
 
-COMMANDS = (demo, distill, compare, tune, gap, inspect, methods, measure, export, compress)
+COMMANDS = (demo, distill, cache, compare, tune, gap, inspect, methods, measure, export, compress)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -184,4 +184,5 @@ __all__ = [
     "variational_information",
     "virtual_teacher",
     "weighted_soft_labels",
+    "word_closeness",
 ]

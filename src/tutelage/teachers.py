@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tutelage.acceleration import Form, accelerated, choose, known_speed
+from tutelage.acceleration import Form, accelerated, known_speed
 from tutelage.knowledge.base import Loss
 from tutelage.record import Record
+from tutelage.speedup import choose
 from tutelage.taps import Observer
 from tutelage.views import Batch, Inputs
 

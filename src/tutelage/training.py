@@ -93,17 +93,8 @@ class Training:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs={self.epochs}, steps={self.steps}: give one of them")
-        whole = (
-            "epochs",
-            "steps",
-            "cycles",
-            "accumulate",
-            "patience",
-            "checkpoint_every",
-            "evaluate_every",
-            "keep_every",
-        )
-        for name in (*whole, "log_every"):
+        whole = ("epochs", "steps", "accumulate", "patience", "checkpoint_every", "evaluate_every", "keep_every")
+        for name in (*whole, "cycles", "log_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")

@@ -147,22 +147,19 @@ def test_one_cycle_is_refused():
         Snapshot(1)
 
 
-def test_it_is_calmer_than_the_same_cycles_with_the_labels_alone():
-    """On unseen images the last cycle stays nearer to the snapshot, and the network is less sure of itself."""
-    data = fashion_loaders(limit=300, validation=500, batch_size=50)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_unseen_images_the_network_stays_nearer_to_its_snapshot_than_with_the_labels_alone(seed):
+    data = fashion_loaders(limit=300, validation=300, batch_size=50)
     images = torch.cat([batch[0] for batch in data.validation])
-    nll, gap = {}, {}
+    gap = {}
     for name in ("snapshot", "alone"):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         student, teacher = SmallCNN(width=8), Snapshot(2)
         losses = teacher.losses() if name == "snapshot" else [TaskLoss(), KD(weight=0.0)]
-        result = distill(
-            student, teacher, data.train, data.validation, losses=losses, epochs=16, optimizer="adamw", lr=0.01,
-            weight_decay=0.0, cycles=2, progress=False,
+        distill(
+            student, teacher, data.train, losses=losses, epochs=8, optimizer="adamw", lr=0.01, weight_decay=0.0,
+            cycles=2, progress=False, seed=seed,
         )  # fmt: skip
-        nll[name] = result.last_metrics.nll
         with torch.no_grad():
-            student.load_state_dict(result.runs[-1].last)
             gap[name] = float(kd_divergence(student.eval()(images), teacher.copy(images), 1.0))
-    assert gap["snapshot"] < gap["alone"]
-    assert nll["snapshot"] < nll["alone"]
+    assert gap["snapshot"] < 0.8 * gap["alone"]
