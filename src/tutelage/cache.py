@@ -216,7 +216,11 @@ class Cache:
             fields = there or {**self.about, "tensors": {}}
             if address not in fields["tensors"]:
                 name = re.sub(r"[^A-Za-z0-9.]+", "_", address).strip("_")
-                entry: dict[str, Any] = {"shape": list(shape), "files": f"{len(fields['tensors']):02d}-{name}", "rows_per_shard": None}
+                entry: dict[str, Any] = {
+                    "shape": list(shape),
+                    "files": f"{len(fields['tensors']):02d}-{name}",
+                    "rows_per_shard": None,
+                }
                 self._take({address: entry})
                 rows = self.rows[address]
                 entry |= {"rows_per_shard": rows.per_shard, "row_bytes": rows.dtype.itemsize}

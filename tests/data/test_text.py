@@ -19,11 +19,11 @@ PARTS = ("train", "validation", "test")
 
 def texts(data: TokenSet) -> list[list[str]]:
     """The texts of a set, put together again from what is to be predicted."""
-    flat = [[data.words[n] for n in row[row != UNLABELLED]] for row in data.labels]
+    flat = [[data.words[n] for n in row if n != UNLABELLED] for row in data.labels.tolist()]
     found: list[list[str]] = [[]]
-    for row, inputs in zip(flat, data.inputs, strict=True):
+    for row in flat:
         found[-1].extend(row)
-        if len(row) < len(inputs):  # filled up: here a text ends
+        if len(row) < data.labels.shape[1]:  # filled up: here a text ends
             found.append([])
     return [text for text in found if text]
 
@@ -54,7 +54,7 @@ def test_no_topic_and_no_paragraph_is_in_two_parts(level, seed):
     assert len({tuple(s.words) for s in sets}) == 1
     paragraphs = []
     for data in sets:
-        text = " ".join(data.words[n] for n in data.labels.flatten() if n != UNLABELLED)
+        text = " ".join(data.words[n] for n in data.labels.flatten().tolist() if n != UNLABELLED)
         # long ones: a short one may become equal to another by its unknown words
         paragraphs.append({p.strip() for p in text.split(END) if len(p.split()) > 20 and p.count(UNKNOWN) < 3})
     assert all(paragraphs)
@@ -78,8 +78,9 @@ def test_the_test_part_is_always_the_same_and_the_others_follow_the_seed():
     for name in PARTS:
         one, two, three = (getattr(loaders, name).dataset for loaders in (first, again, other))
         assert torch.equal(one.labels, two.labels)
-        words = [[d.words[n] for n in d.labels.flatten() if n > 1] for d in (one, three)]
-        common = [[w for w in some if w in one.words and w in three.words] for some in words]
+        known = {*one.words} & {*three.words}
+        words = [[d.words[n] for n in d.labels.flatten().tolist() if n > 1] for d in (one, three)]
+        common = [[w for w in some if w in known] for some in words]
         assert (common[0] == common[1]) == (name == "test")
     assert len(first.validation.dataset) == len(other.validation.dataset) == 200
 
@@ -109,11 +110,11 @@ def test_perplexity_is_exp_of_the_nll_whatever_the_batches():
     torch.manual_seed(0)
     model, data = SmallLSTM(200, width=8), loaders.validation.dataset
     total, count = 0.0, 0
-    for row, labels in zip(data.inputs, data.labels, strict=True):  # token by token
-        said = model(row[None])[0].log_softmax(1)
-        for t, label in enumerate(labels.tolist()):
+    for row, labels in zip(data.inputs, data.labels.tolist(), strict=True):  # token by token
+        said = model(row[None])[0].log_softmax(1).tolist()
+        for t, label in enumerate(labels):
             if label != UNLABELLED:
-                total, count = total - said[t, label].item(), count + 1
+                total, count = total - said[t][label], count + 1
     found = evaluate(model, loaders.validation)
     assert found.samples == count
     assert math.exp(found.nll) == pytest.approx(math.exp(total / count), rel=1e-4)

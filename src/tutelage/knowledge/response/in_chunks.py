@@ -204,11 +204,12 @@ class InChunks(Loss):
         if chunk is not None and chunk < 1:
             raise ValueError(f"InChunks: chunk={chunk}: expected 1 or more")
         self.loss, self.chunk = loss, chunk
-        loss.pairs = [("@logits", "@logits")]
         self.needs_labels, self.needs_teacher = loss.needs_labels, loss.needs_teacher
         self._heads: list[_Head] = []
 
     def resolve(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> bool:
+        self.loss.resolve(student, teacher, batch)  # for what else it looks up in the models
+        self.loss.pairs = [("@logits", "@logits")]
         chosen = super().resolve(student, teacher, batch)
         if len(self.pairs) != 1:
             raise ValueError(f"{self.name}: expected one head of each model, got {self.pairs}")
