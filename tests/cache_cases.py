@@ -83,15 +83,17 @@ def shared(out: Path) -> None:
     dist.destroy_process_group()
 
 
-def filled(folder: Path, size: int = 8, wait: float = 0.0, codec="float32") -> Cached:
-    """A whole cache of both views."""
+def filled(folder: Path, size: int = 8, codec="float32", count: Path | None = None) -> Cached:
+    """A whole cache of both views; ``count`` grows by a byte with each batch."""
     role, loader = Cached(exact(), str(folder), codec), arrays(size)
-    Distillation(student(), role, [KD()]).bind(next(iter(loader)))
+    Distillation(student(), role, [KD(temperature=1.0)]).bind(next(iter(loader)))
 
     def batches(view):
         loader.set_epoch(view)
         for raw in loader:
-            time.sleep(wait)
+            if count is not None:
+                with count.open("ab") as file:
+                    file.write(b".")
             yield read_batch(raw)
 
     torch.manual_seed(os.getpid())
@@ -101,12 +103,15 @@ def filled(folder: Path, size: int = 8, wait: float = 0.0, codec="float32") -> C
 
 def killed(out: Path) -> None:
     """Begin to fill a cache, and be killed, at another moment each time."""
-    for n in range(12):
+    for n in range(14):
+        count = out / f"count-{n}"
         process = os.fork()
         if process == 0:
-            filled(out / "killed", size=3, wait=0.001)
+            filled(out / "killed", size=3, count=count)
             os._exit(0)
-        time.sleep(0.01 + 0.004 * n)
+        while not count.exists() or count.stat().st_size <= 2 * n:
+            time.sleep(0.0002)
+        time.sleep(0.0003 * (n % 5))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         with (out / "statuses").open("a") as file:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,9 @@ def test_a_lossless_cache_is_the_teacher_itself(loader, changes, tmp_path):
     live = cases.train(Frozen(teacher), loader(), **changes)
     asked, teacher.asked = teacher.asked, 0
     equal(cases.train(Cached(teacher, str(tmp_path), "float32"), loader(), **changes), live)
-    # once for each view of each sample, and not in the four epochs and the first batch's dry run of the live teacher
-    assert asked == 4 * 48 + 8
+    # once for each view of a sample; the live one in each epoch, on its first batch twice for the gradient's shares, and
+    # in the dry run
+    assert asked == 4 * (48 + 8) + 8
     assert teacher.asked == 2 * 48
     teacher.asked = 0
     equal(cases.train(Cached(teacher, str(tmp_path), "float32"), loader(size=8), **changes), live)
@@ -132,7 +134,7 @@ def test_runs_with_other_losses_and_seeds_share_a_cache(tmp_path):
     teacher.asked = 0
     cases.train(Cached(teacher, str(tmp_path)), cases.arrays(size=12), seed=7, losses=[KD(temperature=4.0)])
     assert teacher.asked == 0
-    hint = [KD(), FitNets(("2", "network.2"))]
+    hint = [KD(), FitNets(("3", "network.2"), weight=1e-4)]
     cases.train(Cached(teacher, str(tmp_path)), cases.arrays(), losses=hint)
     assert teacher.asked == 96  # a tensor that was not kept before
     found = {line.address: line.rows for line in Cache(tmp_path).held()}
@@ -140,7 +142,7 @@ def test_runs_with_other_losses_and_seeds_share_a_cache(tmp_path):
 
 
 def test_features_are_kept_in_half_precision(tmp_path):
-    losses = [TaskLoss(), FitNets(("2", "2"), weight=1.0)]
+    losses = [TaskLoss(), FitNets(("3", "2"))]  # nobody reads the logits
     batch = next(iter(cases.arrays()))
     role = Cached(cases.exact(), str(tmp_path))
     Distillation(cases.student(), role, losses).bind(batch)
@@ -177,8 +179,13 @@ def test_the_manifest_says_what_it_is(whole):
     assert (fields["seed"], fields["views"], fields["codec"]) == (5, 2, {"name": "float32"})
     assert fields["tensors"]["@logits"]["shape"] == [3]
     assert fields["measured"][0] == {
-        **{"address": "@logits", "rows": 96, "row_bytes": 24, "float32_bytes": 12},
-        **{"nats": 0.0, "most_nats": 0.0, "mass": None},
+        "address": "@logits",
+        "rows": 96,
+        "row_bytes": 24,
+        "float32_bytes": 12,
+        "nats": 0.0,
+        "most_nats": 0.0,
+        "mass": None,
     }
     assert Cache(whole).held() == [Held("@logits", 96, 24, 12, 0.0, 0.0)]
 
@@ -214,7 +221,7 @@ def test_a_cache_of_something_else_is_refused(change, match, whole):
     options = {k: v for k, v in change.items() if k in ("codec", "k")}
     role = Cached(cases.exact(change.get("teacher", 1)), str(whole), **{"codec": "float32", **options})
     with pytest.raises(ValueError, match=match):
-        Distillation(cases.student(), role, [KD()]).bind(next(iter(loader)))
+        Distillation(cases.student(), role, [KD(temperature=1.0)]).bind(next(iter(loader)))
     assert sorted((f.name, f.read_bytes()) for f in whole.iterdir()) == before
 
 
@@ -263,7 +270,7 @@ def test_data_without_augmentation_need_ids_alone(tmp_path):
     cases.train(Cached(teacher, str(tmp_path)), loader, losses=[KD()])
     assert teacher.asked == 48
     assert Cache(tmp_path).about["seed"] is None
-    with pytest.raises(ValueError, match="needs sample ids.*Indexed"):
+    with pytest.raises(ValueError, match=r"needs sample ids.*Indexed"):
         Distillation(cases.student(), Cached(teacher, str(tmp_path)), [KD()]).bind((data.tensors[0], data.tensors[1]))
 
 
@@ -273,7 +280,7 @@ def test_what_a_cache_cannot_teach_is_refused(tmp_path):
     def bind(losses, at=batch, **options):
         Distillation(cases.student(), Cached(cases.exact(), str(tmp_path / "none"), **options), losses).bind(at)
 
-    with pytest.raises(ValueError, match="Jacobian derives the teacher's outputs.*a cache does not hold"):
+    with pytest.raises(ValueError, match=r"Jacobian derives the teacher's outputs.*a cache does not hold"):
         bind([Jacobian()])
     with pytest.raises(ValueError, match=r"KD has temperature 4.0, and the cache keeps .* at temperature 1.0"):
         bind([KD(temperature=4.0)], codec="top_k")
@@ -285,14 +292,14 @@ def test_what_a_cache_cannot_teach_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the teacher sees .* where the batch has 8 ids"):
         Distillation(cases.student(), twice, [KD()], views).bind(batch)
     with pytest.raises(ValueError, match="the id -1"):
-        bind([KD()], (batch.student.args[0], batch.labels, batch.ids - batch.ids.max() - 1))
+        bind([KD()], (batch.student.args[0], batch.labels, batch.ids - batch.ids.min() - 1))
     with pytest.raises(ValueError, match="codec='zip': expected one of float32"):
         Cached(cases.exact(), "x", "zip")
     with pytest.raises(ValueError, match="k=0"):
         Cached(cases.exact(), "x", k=0)
     with pytest.raises(ValueError, match="temperature=0"):
         Cached(cases.exact(), "x", temperature=0)
-    with pytest.raises(TypeError, match="expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"expected an nn.Module"):
         Cached(3, "x")
 
 
@@ -304,7 +311,7 @@ def test_rows_of_another_size_and_numbers_that_cannot_be_kept_are_refused(tmp_pa
         held.write("@logits", keys + 2, torch.zeros(2, 4), marks)
     with pytest.raises(ValueError, match="'pooled' is \\(1, 3\\) for 2 samples"):
         held.write("pooled", keys, torch.zeros(1, 3), marks)
-    with pytest.raises(ValueError, match="'words' is torch.int64"):
+    with pytest.raises(ValueError, match=r"'words' is torch.int64"):
         held.write("words", keys, torch.zeros(2, 3, dtype=torch.long), marks)
     for bad, match in ((float("nan"), "NaN or infinite"), (7e4, "reach 7e\\+04, more than float16 holds")):
         with pytest.raises(ValueError, match=match):
@@ -320,12 +327,12 @@ def test_rows_of_another_size_and_numbers_that_cannot_be_kept_are_refused(tmp_pa
 def test_a_killed_writer_leaves_nothing_torn(tmp_path, whole):
     launch(SCRIPT, "killed", tmp_path)
     statuses = (tmp_path / "statuses").read_text().split()
-    assert "-9" in statuses
+    assert statuses.count("-9") > 7
     folder = tmp_path / "killed"
     rows = Cache(folder).held()[0].rows  # every checksum is right
     role = cases.filled(folder)
     assert role.cache.held()[0].rows == 96
-    assert rows <= 96
+    assert 0 < rows <= 96
     assert torch.equal(everything(folder), everything(whole))
     for path in whole.glob("*.rows"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
@@ -336,7 +343,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     cases.filled(folder, codec="top_k")
     true = everything(folder)
     random = np.random.default_rng(0)
-    found = {"damaged": 0, "harmless": 0}
+    found: Counter[str] = Counter()
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         used = 96 * Cache(folder).rows["@logits"].dtype.itemsize if path.suffix == ".rows" else len(content)
@@ -353,9 +360,9 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
                 role.cache.held()
                 found["harmless"] += 1
             except DamagedCache as error:
-                assert str(path) in str(error), (path, place)
-                found["damaged"] += 1
+                found["damaged" if str(path) in str(error) else f"unnamed at {place} of {path}"] += 1
             path.write_bytes(content)
+    assert found.keys() == {"damaged", "harmless"}
     assert found["damaged"] > 200
     assert torch.equal(everything(folder), true)
 
@@ -423,7 +430,7 @@ def test_a_whole_cache_is_read_where_nothing_may_be_written(whole, monkeypatch):
         monkeypatch.setattr(module, "replacing", refused)
     equal(cases.train(Cached(cases.exact(), str(whole), "float32"), cases.arrays()), live)
     with pytest.raises(OSError, match=f"cannot write '2' to {whole} .*Permission denied"):
-        cases.train(Cached(cases.exact(), str(whole), "float32"), cases.arrays(), losses=[FitNets(("2", "2"))])
+        cases.train(Cached(cases.exact(), str(whole), "float32"), cases.arrays(), losses=[FitNets(("3", "2"))])
 
 
 def test_a_row_that_is_written_while_it_is_read_is_read_again(tmp_path, monkeypatch):

@@ -166,12 +166,8 @@ def test_draws_are_uniform_and_independent():
 
 def test_drawing_ends_also_with_an_error():
     before = torch.get_rng_state()
-
-    def fail():
-        with drawing(2**64 - 1):
-            raise KeyError
-
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError), drawing(2**64 - 1):
+        raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -209,7 +209,7 @@ def res_kd(
     losses compare S_i with the teacher. For squared differences of logits this is the same as comparing R_i with Δ.
 
     From the paper are the residual as guidance, the sum as the new student, its repetition and the sample-adaptive
-    inference. Its text could not be had, and no code was published: the losses' weights, the measure
+    inference. Its text could not be had, and no code was found: the losses' weights, the measure
     by which it stops (here :func:`residual_energy`) and the one by which a sample is done (here the largest
     probability) are this library's. The paper searches the residual students' architectures; here they are given.
 

@@ -225,7 +225,7 @@ class ResidualKD(Loss):
 
     From the paper are the two terms, the sum, these two schemes, and that both networks come from one network's budget
     without costing more, for which :func:`split_width` is the straight way. Only summaries of its text could be had,
-    and no code was published: how it separates the two, at how many layers it adds, and its weights could not be
+    and no code was found: how it separates the two, at how many layers it adds, and its weights could not be
     checked. Here there is one place.
 
     Args:

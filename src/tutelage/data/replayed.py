@@ -82,6 +82,10 @@ class EachView(Sampler[tuple[int, int]]):
         """The sampler's own, which an engine may seed."""
         return getattr(self.sampler, "generator", None)
 
+    @generator.setter
+    def generator(self, generator: torch.Generator) -> None:
+        self.sampler.generator = generator  # one that an engine keeps equal in all processes
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the view; an engine calls it before each epoch, and so must a loop of your own."""
         self.epoch = epoch
