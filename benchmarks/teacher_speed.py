@@ -1,4 +1,4 @@
-"""Forward passes of a teacher in each of its accelerated forms, beside the plain one in float32, and how far they deviate.
+"""A teacher's forward pass in each of its accelerated forms, beside the plain one in float32, and how far they deviate.
 
     python benchmarks/teacher_speed.py --data FOLDER --teacher resnet56.pt
 

@@ -11,9 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tutelage import KD, Distillation, Loss, Losses, NoTeacher, Ramp, StopAt, TaskLoss, WarmUp
+from tutelage import (
+    KD,
+    Cohort,
+    DeepMutualLearning,
+    Distillation,
+    FitNets,
+    LogitCritic,
+    Loss,
+    Losses,
+    NoTeacher,
+    Ramp,
+    StopAt,
+    TaskLoss,
+    Training,
+    WarmUp,
+)
 from tutelage.beside import SideLearner
 from tutelage.connectors import projector
+from tutelage.engine import fit
 from tutelage.functional import kd_divergence
 from tutelage.taps import UnknownTap
 from tutelage.views import UNLABELLED, Altered, Paired
@@ -601,3 +617,74 @@ def test_the_state_loads_into_a_distillation_bound_alike_and_the_student_into_th
     other.eval()
     assert torch.equal(other(BATCH).total, d(BATCH).total)
     mlp(5).load_state_dict(d.student.state_dict(), strict=True)
+
+
+class Three(nn.Module):
+    """Three layers of any width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.hidden(x).relu())
+
+
+def mixed_cohort():
+    torch.manual_seed(0)
+    return Cohort([Three(4), Three(5), Three(7)])
+
+
+def test_what_a_loss_owns_it_owns_for_each_pair_of_networks():
+    batch = torch.randn(8, 6), torch.arange(8) % 3
+    cohort = mixed_cohort()
+    d = Distillation(cohort, DeepMutualLearning(), losses=[TaskLoss(), KD(), FitNets("hidden")]).bind(batch)
+    pairs = {name.partition("@")[2]: loss.regressors[0] for name, loss in d.apart.items()}
+    first = d.losses["FitNets"].regressors[0]
+    assert list(pairs) == ["0_from_2", "1_from_0", "1_from_2", "2_from_0", "2_from_1"]
+    assert (first.in_features, first.out_features) == (4, 5)
+    assert [(r.in_features, r.out_features) for r in pairs.values()] == [(4, 7), (5, 4), (5, 7), (7, 4), (7, 5)]
+    hidden = [peer.hidden(batch[0]) for peer in cohort.peers]
+    regressors = {"0_from_1": first, **pairs}
+    total = sum((r(hidden[int(k[0])]) - hidden[int(k[-1])]).square().mean() for k, r in regressors.items()) / 2
+    torch.testing.assert_close(d(batch)["FitNets"], total.detach())
+    assert {id(p) for r in regressors.values() for p in r.parameters()} <= {id(p) for p in d.parameters()}
+
+
+def test_pairs_go_on_with_what_they_learned_in_an_earlier_stage():
+    batch = torch.randn(8, 6), torch.arange(8) % 3
+    cohort = mixed_cohort()
+    first = Distillation(cohort, DeepMutualLearning(), losses=[FitNets("hidden")]).bind(batch)
+    second = Distillation(cohort, DeepMutualLearning(), losses=[TaskLoss(), FitNets("hidden")])
+    second.continue_from(first).bind(batch)
+    for name, value in first.owned.state_dict().items():
+        assert torch.equal(second.owned.state_dict()[name], value)
+    third = Distillation(cohort, DeepMutualLearning(), losses=[FitNets("hidden")]).bind(batch)
+    mine, theirs = (d.apart["FitNets@1_from_0"].regressors[0].weight for d in (third, first))
+    assert not torch.equal(mine, theirs)
+
+
+def test_a_resumed_run_has_every_pairs_own(tmp_path):
+    data = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(4)]
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        raise Stop
+
+    def run(out, **more):
+        torch.manual_seed(0)
+        d = Distillation(
+            mixed_cohort(), DeepMutualLearning(), losses=[TaskLoss(), FitNets("hidden"), LogitCritic(hidden=4)]
+        )
+        fit(d, data, training=Training(epochs=2, lr=0.05, progress=False), out=tmp_path / out, **more)
+        beside = [v for side in d.side_learners().values() for v in side.module.state_dict().values()]
+        return [*d.state_dict().values(), *beside]
+
+    straight = run("straight")
+    with pytest.raises(Stop):
+        run("broken", after_epoch=stop)
+    resumed = run("broken", resume=True)
+    assert len(straight) > 40
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, straight, strict=True))

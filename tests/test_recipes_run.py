@@ -29,7 +29,8 @@ def few_images() -> ImageSet:
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch, tmp_path):
-    """Fewer images to judge on, and images of CIFAR-10's form without its files."""
+    """Fewer images to judge on, images of CIFAR-10's form without its files, and a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loaders, "fashion_subset", few_images)
     random = np.random.default_rng(0)
     (tmp_path / "cifar10").mkdir()
@@ -42,7 +43,8 @@ def small_data(monkeypatch, tmp_path):
 def shortened(name: str) -> list[str]:
     fields = read(name)
     big = "cifar" in fields["data"]["class_path"]
-    data = "data.init_args.data" if fields["data"]["class_path"] in ("paired_loaders", "sharded") else "data"
+    inside = fields["data"]["class_path"] in ("paired_loaders", "sharded", "replayed_loaders")
+    data = "data.init_args.data" if inside else "data"
     changes = [f"{data}.init_args.limit={100 if big else 300}", f"{data}.init_args.validation=50"]
     for part in ("training", "teacher_training"):
         if part in fields:

@@ -239,3 +239,21 @@ def mass_near(model: nn.Module, near: int = 10) -> float:
     p, labels = p[labels != UNLABELLED], labels[labels != UNLABELLED]
     wrong = 1 - p.gather(1, labels[:, None])
     return (p.gather(1, closest[labels]).sum(1, keepdim=True) / wrong).mean().item()
+
+
+def trained(loss, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = SmallLSTM(500, width=32)
+    distill(
+        model, None, text().train, losses=[loss], epochs=8, optimizer="adamw", lr=0.01, scheduler="constant",
+        progress=False, seed=seed,
+    )  # fmt: skip
+    return model
+
+
+def test_words_near_the_true_one_get_more_than_under_cross_entropy_and_label_smoothing():
+    """The quantity that defines the method; validation NLL is not better than plain cross-entropy here (see the class)."""
+    soft = HahnChoi(alpha=0.5, words=20, temperature=0.4)
+    near = {type(loss).__name__: mass_near(trained(loss, 0)) for loss in (soft, TaskLoss(), LabelSmoothing())}
+    assert near["HahnChoi"] > near["TaskLoss"]
+    assert near["HahnChoi"] > near["LabelSmoothing"]

@@ -15,7 +15,7 @@ from tutelage.evaluation import evaluate_together
 from tutelage.record import Record, in_float32, logits_of
 from tutelage.taps import Address, UnknownTap, expand
 from tutelage.tasks import Figures
-from tutelage.teachers import Lesson, Teacher
+from tutelage.teachers import Teacher
 from tutelage.views import Batch, Inputs
 
 
@@ -163,9 +163,6 @@ class PeerTeacher(Teacher):
                     raise UnknownTap(f"peer {i} lacks a tap that every peer must have: {error}") from None
         taps = [_of_peer(i, address) for i in range(self._count) for address in modules]
         return taps + ["@logits"] * (len(modules) < len(self._reads))  # an @ address needs the whole forward pass
-
-    def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
-        raise NotImplementedError(f"{type(self).__name__} does not say who learns from whom")
 
     def records(self, cohort: Record) -> list[Record]:
         """What each peer said, with the tensors at the losses' addresses."""
