@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage import KD, Record, TopKKD
 from tutelage.cache import Cache
 from tutelage.codecs import Codec
 from tutelage.functional import kd_divergence, top_k_kd
-from tutelage.views import read_batch
 
 
 def back(codec, logits):
@@ -26,12 +24,12 @@ def back(codec, logits):
 
 
 def peaked(rows=400, classes=1000, seed=0):
-    """A sure teacher of 1,000 classes: Gaussian logits of standard deviation 1.5, the right class raised by 13 ± 2, two
-    of its neighbours by 8 ± 2. The likeliest class has 97 % in the mean, the ten likeliest all but 0.4 %."""
+    """A sure teacher of 1,000 classes: Gaussian logits of standard deviation 1.5, the right class raised by 16 ± 2, two
+    of its neighbours by 11 ± 2. The likeliest class has 90 % in the mean, the ten likeliest 99.9 %."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(rows, classes, generator=generator)
     places = torch.stack([torch.randperm(classes, generator=generator)[:3] for _ in range(rows)])
-    raised = torch.tensor([13.0, 8.0, 8.0]) + 2 * torch.randn(rows, 3, generator=generator)
+    raised = torch.tensor([16.0, 11.0, 11.0]) + 2 * torch.randn(rows, 3, generator=generator)
     return logits.scatter_add(1, places, raised)
 
 
@@ -99,21 +97,14 @@ def test_more_classes_are_never_worse():
     assert float(found[-1].max()) < 1e-12
 
 
-def test_losses_on_the_bucket_are_exact_and_on_all_classes_at_most_by_the_error():
+def test_losses_on_the_bucket_are_exact_and_mass_that_leaks_out_of_the_k_is_not_free():
     student, logits = torch.randn(40, 50), 3 * torch.randn(40, 50)
     kept = back(Codec("top_k", 10, 2.0), logits)
     torch.testing.assert_close(top_k_kd(student, kept, 10, 2.0), top_k_kd(student, logits, 10, 2.0))
-    loss, batch = TopKKD(k=10, temperature=2.0), read_batch(torch.ones(40, 1))
-    loss.pairs = [("@logits", "@logits")]
-    assert torch.isfinite(loss(Record(student), Record(kept), batch))
-    # with the mass in equal parts the student may not learn what is in the tail, but leaked mass is not free
     inside = logits.argsort(1, descending=True)[:, :10]
-    free = torch.full_like(student, -20.0).scatter(1, inside, kept.gather(1, inside))
-    assert float(KD(temperature=2.0)(*both(free, kept), batch)) > 0.1 * float(1 - kept.div(2).softmax(1).amax(1).mean())
-
-
-def both(student, teacher):
-    return Record(student, {"@logits": student}), Record(teacher, {"@logits": teacher})
+    leaking = (kept + 4).scatter(1, inside, kept.gather(1, inside))
+    assert float(kd_divergence(leaking, kept, temperature=2.0)) > 0.05
+    assert float(kd_divergence(kept, kept, temperature=2.0)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "int8", "top_k"])

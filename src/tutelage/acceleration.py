@@ -22,7 +22,7 @@ from tutelage.views import Inputs
 SPEEDS = ("bf16", "channels_last", "fold", "compile", "int8")
 """The accelerations, in the order in which they are tried and applied."""
 AUTO = SPEEDS[:3]
-"""Those that ``"auto"`` tries: ``compile`` costs 6 to 36 s before it gains anything, and ``int8`` needs a runtime."""
+"""Those that ``"auto"`` tries: ``compile`` takes long before it gains anything, and ``int8`` needs a runtime."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -39,8 +39,8 @@ def pydoc_topics() -> dict[str, list[str]]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise FileNotFoundError(
-            "this Python has no pydoc_data.topics, the documentation that CPython brings along: install Python with its "
-            "whole standard library, or take another data set"
+            "this Python has no pydoc_data.topics, the documentation that CPython brings along: install Python with "
+            "its whole standard library, or take another data set"
         ) from error
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
@@ -117,7 +117,7 @@ def pydoc_loaders(
     Whole topics are in one of the three parts, and each paragraph in one topic, so nothing that is judged was read in
     training. The topics of the test part, a tenth of the text, are always the same. Batches are mappings of
     ``input_ids``, ``labels`` (moved on by one already, see :class:`TokenSet`) and ``ids``. Every token of a text is
-    predicted once; the perplexity is exp of the validation's ``nll``. ``loaders.train.dataset.words`` is the vocabulary.
+    predicted once; perplexity is exp of the validation's ``nll``. ``loaders.train.dataset.words`` is the vocabulary.
 
     Args:
         level: ``"words"``, in lower case, numbers and marks being words too; or ``"characters"``.

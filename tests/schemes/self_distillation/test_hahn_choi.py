@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tutelage import KD, RKD, AttentionTransfer, Distillation, HahnChoi, InChunks, LabelSmoothing, TaskLoss, distill
-from tutelage.data import fashion_loaders, pydoc_loaders
+from tutelage.data import pydoc_loaders
 from tutelage.functional import hahn_choi, label_smoothing, word_closeness
 from tutelage.models import SmallCNN, SmallLanguageModel, SmallLSTM
 from tutelage.schemes.self_distillation.hahn_choi import embedding_layer
@@ -151,18 +151,16 @@ def test_the_layer_is_found_by_its_role_or_name():
 
 def test_models_of_transformers_say_where_their_embeddings_are():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
     model = transformers.GPT2LMHeadModel(config)
     assert embedding_layer(model, INPUTS, "input") is model.transformer.wte
     assert embedding_layer(model, INPUTS) is model.lm_head
-    d = Distillation(model, losses=[HahnChoi(alpha=0.5)]).bind(BATCH)
-    losses = d(BATCH)
-    losses.total.backward()
-    logits, e = model(BATCH["input_ids"]).logits, model.lm_head.weight
-    expected = hahn_choi(logits, BATCH["labels"], e, 0.5)
-    model.eval()
-    torch.testing.assert_close(Distillation(model, losses=[HahnChoi(alpha=0.5)]).bind(BATCH)(BATCH)["HahnChoi"].shape,
-                               expected.shape)  # fmt: skip
+    logits = model(BATCH["input_ids"]).logits
+    expected = hahn_choi(logits, BATCH["labels"], model.lm_head.weight, 0.5)
+    losses = Distillation(model, losses=[HahnChoi(alpha=0.5)]).bind(BATCH)(BATCH)
+    torch.testing.assert_close(losses.total, expected)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,11 @@ def test_models_of_transformers_say_where_their_embeddings_are():
     [
         (Plain(9, 8), "input", r"HahnChoi: embedding='input' has 9 words and the logits have 8"),
         (Plain(), "embedd", r"HahnChoi: embedding='embedd': Plain has no module of this name; nearest: 'embed'"),
-        (SmallLanguageModel(9, width=4), "norm", r"embedding='norm': expected a layer with a matrix of words, got Layer"),
+        (
+            SmallLanguageModel(9, width=4),
+            "norm",
+            r"embedding='norm': expected a layer with a matrix of words, got Layer",
+        ),
     ],
 )
 def test_a_layer_that_is_absent_or_of_another_vocabulary_is_refused(model, address, message):
@@ -179,9 +181,9 @@ def test_a_layer_that_is_absent_or_of_another_vocabulary_is_refused(model, addre
 
 
 def test_a_network_without_words_to_read_is_refused():
+    images, d = torch.ones(2, 1, 28, 28), Distillation(SmallCNN(4), losses=[HahnChoi("input")])
     with pytest.raises(ValueError, match=r"HahnChoi: embedding='input': SmallCNN has no nn.Embedding"):
-        images = next(iter(fashion_loaders(limit=10, validation=10).train))
-        Distillation(SmallCNN(4), losses=[HahnChoi("input")]).bind(images)
+        d.bind((images, torch.tensor([0, 1])))
 
 
 # in a training
@@ -198,7 +200,7 @@ def test_the_loss_is_cross_entropy_before_its_time_and_reads_the_embeddings_of_t
         now = hahn_choi(model(BATCH["input_ids"]), BATCH["labels"], model.head.weight, 0.3, 3, 1.0)
         torch.testing.assert_close(d(BATCH)["HahnChoi"], now.detach())
         nn.init.normal_(model.embedding.weight)
-    assert [p for p in d.owned.parameters()] == [], "the words stay the student's"
+    assert list(d.owned.parameters()) == [], "the words stay the student's"
 
 
 def test_any_losses_stand_beside_it():
@@ -224,7 +226,7 @@ def test_in_chunks_it_is_the_same():
 
 @functools.cache
 def text():
-    return pydoc_loaders(vocabulary=500, validation=100, limit=500)
+    return pydoc_loaders(vocabulary=500, validation=100, limit=300)
 
 
 def mass_near(model: nn.Module, near: int = 10) -> float:
@@ -252,7 +254,7 @@ def trained(loss, seed: int) -> nn.Module:
 
 
 def test_words_near_the_true_one_get_more_than_under_cross_entropy_and_label_smoothing():
-    """The quantity that defines the method; validation NLL is not better than plain cross-entropy here (see the class)."""
+    """The quantity that defines the method; the perplexity is no better here than with plain cross-entropy."""
     soft = HahnChoi(alpha=0.5, words=20, temperature=0.4)
     near = {type(loss).__name__: mass_near(trained(loss, 0)) for loss in (soft, TaskLoss(), LabelSmoothing())}
     assert near["HahnChoi"] > near["TaskLoss"]

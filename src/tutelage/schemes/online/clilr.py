@@ -23,7 +23,7 @@ from tutelage.views import Batch
     use="One network's cost afterwards, and labels that may be noisy: heads that share layers agree on soft labels.",
 )
 class CLILR(PeerTeacher):
-    """Each head of a network learns from the labels and from the mean of the *other* heads' logits.
+    """Each head of a network learns from the labels and from the mean of the other heads' logits.
 
     With H heads, head h learns from
 
