@@ -61,8 +61,8 @@ from tutelage.knowledge.response.wsld import weighted_soft_labels
 from tutelage.record import in_float32
 from tutelage.schemes.self_distillation.data_distortion import mean_embedding_distance
 from tutelage.schemes.self_distillation.ema import consistency
-from tutelage.schemes.self_distillation.snapshot import asymmetric_kd
 from tutelage.schemes.self_distillation.self_attention import attention_mimicry
+from tutelage.schemes.self_distillation.snapshot import asymmetric_kd
 
 ROWS, MAP = (6, 9), (6, 4, 5, 3)
 

@@ -24,10 +24,7 @@ def bound(teacher: EMA, losses: list[Loss] | None = None) -> Distillation:
 def test_consistency_equals_its_loop_and_lets_the_teacher_be():
     student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     pairs = zip(student.detach(), teacher.detach(), strict=True)
-    loop = sum(
-        float(sum((p - q) ** 2 for p, q in zip(a.softmax(0), b.softmax(0), strict=True)))
-        for a, b in pairs
-    )
+    loop = sum(float(sum((p - q) ** 2 for p, q in zip(a.softmax(0), b.softmax(0), strict=True))) for a, b in pairs)
     value = consistency(student, teacher)
     assert value.item() == pytest.approx(loop / 5)
     value.backward()

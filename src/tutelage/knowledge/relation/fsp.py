@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +100,12 @@ def fsp(student_pair: Layers, teacher_pair: Layers, pool: Pool = "max") -> Tenso
         total = _squares(*layers, pool)
     else:
         parts = zip(*(layer.split(chunk) for layer in layers), strict=True)
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        total = torch.stack([checkpoint(_squares, *part, pool, **again) for part in parts]).sum()
+        total = torch.stack([_squares_again(*part, pool) for part in parts]).sum()
     return total / (len(first_s) * entries)
+
+
+def _squares_again(*part: Any) -> Tensor:
+    return checkpoint(_squares, *part, use_reentrant=False, preserve_rng_state=False)
 
 
 def _squares(first_s: Tensor, second_s: Tensor, first_t: Tensor, second_t: Tensor, pool: Pool) -> Tensor:

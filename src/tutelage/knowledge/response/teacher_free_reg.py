@@ -111,8 +111,8 @@ def teacher_free(
 class TeacherFreeReg(LabelsAlone):
     """Teacher-free regularisation (Tf-KD_reg): KL to a virtual teacher that is always right.
 
-    It needs no teacher. Samples and tokens labelled -100 do not count. The paper's other half, a network that learns from
-    an earlier training of itself (Tf-KD_self), is :func:`tutelage.teacher_free_self`.
+    It needs no teacher. Samples and tokens labelled -100 do not count. The paper's other half, a network that learns
+    from an earlier training of itself (Tf-KD_self), is :func:`tutelage.teacher_free_self`.
 
     Args:
         correct: a, the virtual teacher's probability of the true class; 0.99, as published.
