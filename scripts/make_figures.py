@@ -35,11 +35,17 @@ steps times the time of a step. The assistant's own training (ResNet-20 for ResN
 is in neither. ECE is high where soft targets weigh most: after so few epochs these students are far less sure
 than they are right.
 
+Schemes without a teacher stand in the same table. Their budget is another: two peers (DeepMutualLearning, KDCL) or
+three branches (ONE) learn in the six epochs, of which the first is judged; ClassWise sees a second batch in each step;
+born_again trains three networks of six epochs each and teacher_free_self two, of which the last is judged. *Step* is
+that of the last training.
+
 The cells of this edition ran beside other work, so the time that a whole cell took (`cell_seconds`) is no
 figure to compare; the steps were timed afterwards with nothing else running. To save time the teacher's outputs
-for the test images were kept from one cell to the next; they are the same in all. The twenty
-best-known losses are here; methods that need a budget or networks of their own (ensembles, few bits, other
-modalities, no data) and the less known ones are not."""
+for the test images were kept from one cell to the next in those of the first edition; they are the same in all. The
+cells of teacher_assistant are the first edition's too: its recipe is spelled otherwise now, and the two cells that were
+run again gave the same accuracies. The twenty best-known losses are here, and eight schemes; methods that need a
+budget or networks of their own (ensembles, few bits, other modalities, no data) and the less known ones are not."""
 
 MEMORY = """\
 What a loss alone costs: forward and backward to the student's tensor, one thread, float32, for a batch of 256 maps of
