@@ -210,9 +210,9 @@ def test_training_resumes_from_a_checkpoint_with_its_projectors(teacher, tmp_pat
     checkpoint = tmp_path / "a" / "checkpoint-5"
     plain = transformers.BertForSequenceClassification.from_pretrained(checkpoint)
     assert plain.state_dict().keys() == whole.distillation.student.state_dict().keys()
-    assert sorted(torch.load(checkpoint / "distillation.pt", weights_only=True)["losses"]) == [
-        "Hint.map.bias",
-        "Hint.map.weight",
+    assert sorted(torch.load(checkpoint / "distillation.pt", weights_only=True)["owned"]) == [
+        "losses.Hint.map.bias",
+        "losses.Hint.map.weight",
     ]
     resumed = make("b", bert(seed=3, dropout=0.1))
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -308,7 +308,9 @@ def test_more_refusals(teacher, tmp_path):
         DistillationTrainer(teacher, arguments(tmp_path))
     early = torch.optim.SGD(d.parameters(), lr=0.1)
     trainer = DistillationTrainer(d, arguments(tmp_path), train_dataset=sentences(16), optimizers=(early, None))
-    with pytest.raises(ValueError, match=r"'Hint.map.weight'.* are not in the optimiser; call distillation.bind"):
+    with pytest.raises(
+        ValueError, match=r"'losses.Hint.map.weight'.* are not in the optimiser; call distillation.bind"
+    ):
         trainer.train()
 
 

@@ -173,8 +173,10 @@ FORMULAS = [
 ]
 every = pytest.mark.parametrize(("formula", "shape"), FORMULAS)
 # a likelihood is greatest, neighbours are nearest, and a margin is kept where the student is another than the teacher;
-# cross-entropies keep the target's entropy, and a student that is wrong is taught the label
+# cross-entropies keep the target's entropy, a student that is wrong is taught the label, and an unsoftened one that it
+# shall be softer
 NOT_ZERO = (
+    "asymmetric_kd",
     "confidence_weighted",
     "activation_boundary",
     "conditional_kd",

@@ -52,10 +52,12 @@ def stages_of(parts: dict[str, Any]) -> list[list[Loss]]:
 def batch_of(parts: dict[str, Any], count: int = SAMPLES) -> Any:
     """The first samples of the packaged images; eight of them are of at least two classes, some with two samples.
 
-    Of data with a task of its own, its own first samples, which are dicts.
+    Of data with a task of its own, and of text, their own first samples, which are dicts.
     """
     if task_of(parts["data"].train) is not None:
         return default_collate([parts["data"].train.dataset[n] for n in range(count)])
+    if isinstance(first := next(iter(parts["data"].train)), dict):
+        return {name: value[:count] for name, value in first.items()}
     part = few_images().train
     shape = next(iter(parts["data"].train))[0].shape[1:]
     images = torch.as_tensor(part.images[:count]).float().reshape(count, *shape) / 255
@@ -70,7 +72,8 @@ def changed(batch: Any, images: Change | None = None, labels: Change | None = No
 
     images, labels = images or same, labels or same
     if isinstance(batch, dict):
-        return {**batch, "images": images(batch["images"]), "labels": labels(batch["labels"])}
+        inputs = "images" if "images" in batch else "input_ids"
+        return {**batch, inputs: images(batch[inputs]), "labels": labels(batch["labels"])}
     return images(batch[0]), labels(batch[1]), batch[2]
 
 
@@ -82,7 +85,7 @@ def distillations(parts: dict[str, Any], batch: Any) -> list[Distillation]:
         if made:
             d.continue_from(made[-1])
         made.append(d.bind(batch, population=100))
-        made[-1].progress = 0.5  # weights that warm up are no longer 0
+        made[-1].progress = 0.7  # weights that warm up or begin late are no longer 0
         made[-1](batch).total.backward()  # what the stage remembers is no longer empty
     return made
 
