@@ -73,11 +73,11 @@ def rkd_angle(student: Tensor, teacher: Tensor, chunk: int | None = None) -> Ten
     Raises:
         ValueError: different numbers of samples, or a ``chunk`` below 1.
 
-    Embeddings of more than B numbers are first turned into the space that the batch spans, which changes no angle, so
-    the time grows with B³·min(D, B) and not with B³·D.
+    Embeddings of more than 4·B numbers are first turned into the space that the batch spans, which changes no angle, so
+    the time grows with B³·min(D, 4B) and not with B³·D.
 
-    Memory: chunk · B · (min(D_s, B) + min(D_t, B) + 2B), in the backward pass too, where each chunk is calculated again
-    if there are several; never B³. Where D > B, a copy of the embeddings in float64.
+    Memory: chunk · B · (min(D_s, 4B) + min(D_t, 4B) + 2B), in the backward pass too, where each chunk is calculated
+    again if there are several; never B³. Where D > 4B, a copy of the embeddings in float64.
 
     Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068
 
@@ -91,7 +91,8 @@ def rkd_angle(student: Tensor, teacher: Tensor, chunk: int | None = None) -> Ten
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = _compact(student), _compact(teacher)
     size = len(student)
-    per_vertex = size * (student.shape[1] + teacher.shape[1] + 2 * size)
+    numbers = sum(rows.shape[1] * rows.element_size() / 4 for rows in (student, teacher))
+    per_vertex = int(size * (numbers + 2 * size))
     chunk = min(size, chunk or max(1, CHUNK_NUMBERS // max(1, per_vertex)))
     parts = []
     for vertices in torch.arange(size, device=student.device).split(chunk):
@@ -111,7 +112,7 @@ def _compact(rows: Tensor) -> Tensor:
     still do.
     """
     size, width = rows.shape
-    if width <= size or rows.device.type == "mps":  # which has no float64
+    if width <= 4 * size or rows.device.type == "mps":  # little to gain from float64, or no float64
         return rows
     wide = rows.double()
     basis, _ = torch.linalg.qr((wide - wide.mean(0)).detach().T)
