@@ -50,8 +50,9 @@ budget or networks of their own (ensembles, few bits, other modalities, no data)
 MEMORY = """\
 What a loss alone costs: forward and backward to the student's tensor, one thread, float32, for a batch of 256 maps of
 512×7×7 (embeddings of 512, and for CRD 16,384 negatives from a bank of 50,000). *Peak* is what the process held beyond
-inputs and libraries, as a multiple of the two inputs; *time* is a multiple of ours, of {rounds} rounds in turn
-(of RKD's angles on whole maps, B³·D operations, one pass); other work ran beside it, so the milliseconds are no claim.
+inputs and libraries, as a multiple of the two inputs, in one process each; *time* is a multiple of ours, of {rounds}
+rounds in turn (of RKD's angles on whole maps, one pass); other work ran beside it, so the milliseconds are no claim.
+torchdistill's correlation congruence was seen to take 127 times its inputs in other runs, and as much as ours in some.
 *Straightforward* is the formula as it stands, which gives our value on a small input. torchdistill {version} is beside
 it where it has the method; its FSP and correlation congruence take norms where ours are squares, and its similarity
 normalises by another norm. Forms whose largest tensor alone would take more than 3 GB were not run;
