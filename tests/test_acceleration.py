@@ -451,6 +451,7 @@ def test_several_processes_have_the_first_ones_choice(tmp_path):
         "d = Distillation(nn.Linear(4, 3), Frozen(nn.Linear(4, 3), speed='auto'), [KD()]).bind(torch.ones(2, 4))\n"
         "d(torch.ones(2, 4) * (rank + 1))\n"
         "open(sys.argv[2] + str(rank), 'w').write(str(d.teacher.own_state()['chosen']))\n"
+        "dist.destroy_process_group()\n"
     )
     command = [sys.executable, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
