@@ -79,6 +79,9 @@ class EMA(PastSelf):
     labels. The views decide what noise each of the two sees (:class:`tutelage.Altered`); without any, dropout is the
     student's only one.
 
+    The decay, its beginning and the weight of the consistency are given from memory; neither the paper's text nor the
+    authors' code was at hand to check them.
+
     Any losses stand beside it; :meth:`losses` gives the paper's. ``teacher.copy`` is the averaged network afterwards,
     often the better one to keep.
 

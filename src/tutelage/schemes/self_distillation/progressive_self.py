@@ -65,6 +65,8 @@ class ProgressiveSelf(Loss):
     α = α_T · progress grows to ``alpha`` over the training; in the first epoch it is y alone. The paper's α grows once
     an epoch (α_T · t/T in epoch t of T), here with every step. It stands in the place of ``TaskLoss``.
 
+    The formula and α_T = 0.8 are given from memory; neither the paper's text nor the authors' code was at hand.
+
     What was said is remembered by sample id, so the data set must give ids (:class:`tutelage.data.Indexed`). It is a
     buffer, saved with the run, and several processes remember alike.
 
