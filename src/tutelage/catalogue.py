@@ -126,7 +126,9 @@ def methods() -> list[Method]:
     >>> any(m.name == "KD" and m.year == 2015 for m in methods())
     True
     """
-    import tutelage  # noqa: F401  (the methods enter themselves when they are imported)
+    import tutelage
 
+    for name in tutelage.__all__:  # methods enter themselves when they are imported
+        getattr(tutelage, name)
     own = [m for m in _METHODS.values() if m.thing.__module__.startswith("tutelage.")]
     return sorted(own, key=lambda m: (m.section, m.year, m.name))

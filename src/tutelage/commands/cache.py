@@ -43,7 +43,7 @@ def cache(
     """
     from pathlib import Path
 
-    from tutelage.cache import Cache
+    from tutelage.cache_folder import Cache
 
     if (recipe is None) == (check is None):
         raise ValueError("cache: give a recipe to fill a cache, or --check FOLDER")
@@ -78,6 +78,7 @@ def _fill(
     from tutelage.cache import Cached, fill
     from tutelage.data.replayed import Replayed, ReplayedArrays, replayed
     from tutelage.distillation import Distillation
+    from tutelage.files import writable
     from tutelage.recipe import load, student_network
     from tutelage.run import seed_epoch
     from tutelage.views import Batch, SameView, move
@@ -99,6 +100,7 @@ def _fill(
     if views is not None and views != count:
         raise ValueError(f"views={views}: the recipe's data have {count}; change them there")
     role = Cached(network, out, **settings)
+    writable(out)
     trained = _weights(parts, network, out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seed, seen = parts.get("seed", 0), parts.get("views") or SameView()
@@ -193,11 +195,9 @@ def _print(held: Any, json: bool) -> None:
 
 def arguments(add: Add) -> None:
     """The command line's grammar of :func:`cache`."""
-    from tutelage.codecs import NAMES
-
     add("recipe", nargs="?")
     add("--out", metavar="FOLDER")
-    add("--codec", choices=NAMES)
+    add("--codec", choices=("float32", "float16", "int8", "top_k"))
     add("--k", type=int, metavar="N")
     add("--temperature", type=float, metavar="T")
     add("--views", type=int, metavar="N")
