@@ -18,11 +18,13 @@ from tutelage import Distillation, TaskLoss
 from tutelage.knowledge.relation import crd as module
 from tutelage.knowledge.relation.crd import (
     CRD,
+    bank_nce,
     bank_scores,
     contrastive_nce,
     log_mean_exp,
     other_classes,
     other_samples,
+    softplus,
 )
 
 # Losses, norms of gradients, and the memory after each step, computed with the authors' published code (CRDLoss of
@@ -157,6 +159,29 @@ def test_many_negatives_do_not_need_their_rows_side_by_side():
     with Watch():
         bank_scores(anchors, bank, candidates).sum().backward()
     assert largest == 8 * 1000 < 8 * 1000 * 32
+
+
+@pytest.mark.parametrize("count", [3, 400])
+def test_the_banks_loss_is_the_scores_loss_with_its_gradient_though_the_bank_changes_before_the_backward_pass(count):
+    torch.manual_seed(0)
+    anchors = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    bank, candidates = torch.randn(50, 4, dtype=torch.float64), torch.randint(50, (3, count))
+    log_mean = torch.tensor(0.3, dtype=torch.float64)
+    scores = bank_scores(anchors, bank, candidates, temperature=0.5)
+    expected = contrastive_nce(scores[:, 0], scores[:, 1:], log_mean)
+    (wanted,) = torch.autograd.grad(2 * expected, anchors)
+    value = bank_nce(anchors, bank, candidates, log_mean, temperature=0.5)
+    bank.zero_()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(2 * value, anchors)[0], wanted)
+
+
+def test_softplus_is_exact_to_rounding():
+    x = torch.cat([torch.linspace(-110, 110, 100_001), torch.linspace(-1e-3, 1e-3, 1001)])
+    expected = x.double().exp().log1p()
+    torch.testing.assert_close(softplus(x).double(), expected, rtol=3e-7, atol=1e-44)
+    assert softplus(torch.tensor([-torch.inf, torch.inf])).tolist() == [0, torch.inf]
+    assert softplus(torch.tensor(torch.nan)).isnan()
 
 
 def test_other_samples_are_drawn_uniformly_and_never_the_own():
