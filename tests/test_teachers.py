@@ -113,6 +113,31 @@ def test_a_copy_of_the_student_may_teach_it():
     assert d(BATCH)["KD"] == 0.0
 
 
+def test_a_frozen_teacher_answers_once_and_before_the_student(pair):
+    student, teacher = pair
+    d = Distillation(student, teacher).bind(BATCH)
+    ran = []
+    for name, network in (("teacher", teacher), ("student", student)):
+        network.register_forward_hook(lambda *_, name=name: ran.append(name))
+    first = d(BATCH).total
+    assert ran == ["teacher", "student"]
+    lessons = d.teacher.lessons(read_batch(BATCH), Record())
+    torch.testing.assert_close(lessons[0].teacher.logits, teacher(BATCH[0]))
+    assert first.isfinite()
+
+
+def test_what_was_said_of_a_batch_that_failed_is_not_said_of_another(pair):
+    student, teacher = pair
+    d = Distillation(student, teacher).bind(BATCH)
+    wrong = (torch.full_like(BATCH[0], 3.0), BATCH[1])
+    handle = student.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        d(wrong)
+    handle.remove()
+    (lesson,) = d.teacher.lessons(read_batch(BATCH), Record())
+    torch.testing.assert_close(lesson.teacher.logits, teacher(BATCH[0]))
+
+
 def test_batch_statistics_come_from_a_copy_and_change_nothing(pair):
     student, teacher = pair
     before, modes = state(teacher), [m.training for m in teacher.modules()]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -205,6 +207,7 @@ class Distillation(nn.Module):
 
     def _terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         assert self.observer is not None
+        self.teacher.ahead(batch)
         lessons = self.teacher.lessons(batch, self.observer(batch.student))
         weights = {name: loss.weight_at(self.progress) for name, loss in self.terms.items()}
         values: dict[str, Tensor] = {}
@@ -328,10 +331,13 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     owners = [m for module in modules for m in module.modules()]
     buffers = [(m, n, b, None if b is None else b.clone()) for m in owners for n, b in m._buffers.items()]
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a model may draw from them as well)
     with torch.random.fork_rng(cuda), torch.no_grad():
         try:
             yield
         finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
             for owner, name, buffer, value in buffers:
                 # the forward pass may have put another tensor there
                 setattr(owner, name, buffer if buffer is None or value is None else buffer.copy_(value))

@@ -57,6 +57,10 @@ class Teacher:
     def check(self, losses: Sequence[Loss]) -> None:
         """Refuse losses that it cannot teach with, by a ``ValueError``; called when binding, their taps resolved."""
 
+    def ahead(self, batch: Batch) -> None:
+        """Called before the student's forward pass of a step: what a network does now, it does while no graph of the
+        student is held, so that the two need the larger of their memories and not the sum."""
+
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
         raise NotImplementedError(f"{type(self).__name__} does not say how it teaches")
 
@@ -133,6 +137,7 @@ class Frozen(Teacher):
         self.speed, self.bounds = known_speed(speed), (max_divergence, max_error)
         self.observer: Observer | None = None
         self._dry = True
+        self._said: tuple[Batch, Record] | None = None  # ahead of the student
         self._chosen: tuple[list[str], bytes | None] | None = None  # accelerations, and the file of int8
         self._form: Form | None = None
 
@@ -159,22 +164,30 @@ class Frozen(Teacher):
         self._chosen = self._form = None
         return student_reads
 
+    def ahead(self, batch: Batch) -> None:
+        # What overrides lessons may want to change the network, the inputs or whether it is asked at all.
+        self._said = (batch, self._answer(batch)) if type(self).lessons is Frozen.lessons else None
+
     def lessons(self, batch: Batch, student: Record) -> list[Lesson]:
+        said, self._said = self._said, None
+        return [Lesson(student, said[1] if said and said[0] is batch else self._answer(batch))]
+
+    def _answer(self, batch: Batch) -> Record:
         assert self.observer is not None, "bind first"
         if not self.observer.addresses:
-            return [Lesson(student, Record())]  # no loss reads it, so it need not run
+            return Record()  # no loss reads it, so it need not run
         if self.module.training or any(m.training for m in self.module.modules()):
             self.module.eval()  # somebody called .train() on it between two steps
         if self.speed and not self._dry and not batch.differentiable:
             with torch.no_grad():
-                return [Lesson(student, self._faster(self.observer, batch.teacher))]
+                return self._faster(self.observer, batch.teacher)
         # no_grad and not inference_mode, whose tensors autograd refuses to save when a loss multiplies them
         # (and with a graph only where a loss derives the teacher's outputs with respect to its inputs)
         with torch.set_grad_enabled(batch.differentiable):
             run = self.observer.dry_run if self._dry else self.observer
             record = run(batch.teacher)
         self._dry = False
-        return [Lesson(student, record)]
+        return record
 
     def _faster(self, plain: Observer, inputs: Inputs) -> Record:
         """What the accelerated copy says; the first call after binding chooses it.
