@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import KD, Cached, Distillation, TaskLoss, Training, distill
-from tutelage.cache import Cache, fill
+from tutelage.cache import fill
+from tutelage.cache_folder import Cache
 from tutelage.codecs import Codec
 from tutelage.comparison import mean_interval, paired_interval
 from tutelage.data import fashion_loaders, replayed

@@ -1,8 +1,11 @@
-"""Write the figures of benchmarks/results into README.md and docs/benchmarks.md: ``python scripts/make_figures.py``."""
+"""Write the figures of benchmarks/results into README.md, docs/benchmarks.md and docs/speed.md:
+``python scripts/make_figures.py``."""
 
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,15 @@ def pages() -> dict[Path, str]:
         head, _, rest = text.partition(BEGIN)
         _, _, tail = rest.partition(END)
         found[page] = f"{head}{BEGIN}\n{figures}\n{END}{tail}"
+    speed = ROOT / "docs" / "speed.md"
+    tables = runpy.run_path(str(Path(__file__).with_name("speed_figures.py")))
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n\n{tables[match[2]]()}\n\n{END}"
+
+    # each part of that page names the file that it shows
+    part = rf"(<!-- figures: (?!end)(\w+) -->).*?{re.escape(END)}"
+    found[speed] = re.sub(part, filled, speed.read_text(encoding="utf-8"), flags=re.DOTALL)
     return found
 
 

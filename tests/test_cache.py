@@ -15,12 +15,25 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage import KD, Altered, Cached, Distillation, FitNets, Frozen, Jacobian, LogitRegression, TaskLoss, TopKKD
-from tutelage import cache as cache_module
-from tutelage.cache import Cache, DamagedCache, Held, fingerprint
-from tutelage.cache_files import Rows
+from tutelage import (
+    KD,
+    Altered,
+    Cached,
+    Distillation,
+    FitNets,
+    Frozen,
+    Jacobian,
+    LogitRegression,
+    TaskLoss,
+    TopKKD,
+    cache_files,
+    cache_folder,
+)
+from tutelage.cache_files import DamagedCache, Rows
+from tutelage.cache_folder import Cache, Held
 from tutelage.data import ArrayLoader, CropFlip, Indexed, replayed
 from tutelage.distilling import distill
+from tutelage.fingerprint import fingerprint
 from tutelage.run import Interrupted
 from tutelage.views import read_batch
 
@@ -190,20 +203,6 @@ def test_the_manifest_says_what_it_is(whole):
     assert Cache(whole).held() == [Held("@logits", 96, 24, 12, 0.0, 0.0)]
 
 
-def test_a_fingerprint_is_of_weights_structure_and_name():
-    network = cases.exact()
-    same = cases.exact().eval().to(memory_format=torch.channels_last)
-    assert fingerprint(network) == fingerprint(same)
-    with torch.no_grad():
-        same[3].bias[0] += 2**-20
-    assert fingerprint(network) != fingerprint(same)
-    narrow, wide = (nn.Conv2d(2, 2, 3, stride=stride) for stride in (1, 2))
-    wide.load_state_dict(narrow.state_dict())
-    assert fingerprint(narrow) != fingerprint(wide)
-    half = cases.exact().half()
-    assert fingerprint(half) != fingerprint(network)
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -240,7 +239,7 @@ def test_another_k_and_temperature_are_refused_and_one_format_is_read(tmp_path):
     held = Cache(tmp_path)
     fields = {**json.loads(held.manifest.read_text()), "format": 2}
     fields.pop("checksum")
-    held.manifest.write_text(json.dumps({**fields, "checksum": cache_module._checksum(fields)}))
+    held.manifest.write_text(json.dumps({**fields, "checksum": cache_folder._checksum(fields)}))
     with pytest.raises(ValueError, match="has format 2, and this version reads 1"):
         bound(k=2, temperature=2.0)
     with pytest.raises(FileNotFoundError, match="there is none"):
@@ -389,8 +388,6 @@ def test_a_shard_of_another_cache_or_length_is_noticed(tmp_path, whole):
 # page, so that a disk takes them whole or not at all
 @pytest.mark.parametrize("budget", [0, 5, 20, 21, 100, 160, 172, 188])
 def test_a_full_disk_is_an_error_and_nothing_is_torn(budget, tmp_path, monkeypatch, whole):
-    from tutelage import cache_files
-
     real, left = cache_files._put, [budget]
 
     class Full:
@@ -423,7 +420,7 @@ def test_a_whole_cache_is_read_where_nothing_may_be_written(whole, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     live = cases.train(cases.exact(), cases.arrays())
-    for module in (cache_module, importlib.import_module("tutelage.cache_files")):
+    for module in (cache_folder, cache_files):
         monkeypatch.setattr(module, "locked", refused)
         monkeypatch.setattr(module, "replacing", refused)
     equal(cases.train(Cached(cases.exact(), str(whole), "float32"), cases.arrays()), live)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tutelage import Distillation, Training
@@ -152,7 +153,7 @@ def test_a_run_of_constant_learning_rate_may_become_longer(tmp_path):
 # half-written and damaged
 
 
-def test_a_half_written_checkpoint_is_ignored_and_later_removed(tmp_path):
+def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     train(tmp_path / "run", epochs=2, scheduler="constant")
     half = tmp_path / "run" / "checkpoints" / ".step-00000012.part"
     half.mkdir()
@@ -161,7 +162,7 @@ def test_a_half_written_checkpoint_is_ignored_and_later_removed(tmp_path):
         train(tmp_path / "run", epochs=2, scheduler="constant", resume=True),
         train(tmp_path / "short", epochs=2, scheduler="constant"),
     )
-    assert half.exists()
+    assert not half.exists()
     longer = train(tmp_path / "run", epochs=3, scheduler="constant", resume=True)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000012"]
     same(longer, train(tmp_path / "whole", epochs=3, scheduler="constant"))
@@ -171,7 +172,6 @@ DAMAGES = [
     (name, damage)
     for name in ("model.safetensors", "optimizer.bin", "own-0.pt", "random_states_0.pkl")
     for damage in ("truncated", "missing", "flipped")
-    if (name, damage) != ("random_states_0.pkl", "flipped")  # accelerate passes it over; the engine has its own copy
 ]
 
 
@@ -189,7 +189,7 @@ def test_damaged_files_are_named(name, damage, tmp_path):
         file.write_bytes(bytes(255 - b for b in content[:40]) + content[40:])
     with pytest.raises(ValueError, match=r"resume: the checkpoint .*step-00000008 .*damaged") as caught:
         train(tmp_path / "run", resume=True)
-    assert damage == "flipped" or name in str(caught.value)
+    assert name in str(caught.value)
 
 
 def test_damaged_weights_of_the_best_student_are_named(tmp_path):
@@ -237,7 +237,24 @@ def test_only_the_latest_checkpoint_is_kept(tmp_path):
     (only,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert only.name.startswith("step-00000012")
     listed = json.loads((only / "files.json").read_text())
-    assert listed == {f.name: f.stat().st_size for f in only.iterdir() if f.name != "files.json"}
+    assert listed["files"] == {
+        f.name: {"bytes": f.stat().st_size, "crc32": zlib.crc32(f.read_bytes())}
+        for f in only.iterdir()
+        if f.name != "files.json"
+    }
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(tmp_path):
+    expected = train(tmp_path / "whole", epochs=4, scheduler="constant")
+    train(tmp_path / "run", epochs=2, scheduler="constant")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    sizes = {f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name != "files.json"}
+    (checkpoint / "files.json").write_text(json.dumps(sizes))
+    mark = tmp_path / "run" / "run.json"
+    mark.write_text(json.dumps({k: v for k, v in json.loads(mark.read_text()).items() if k != "checksum"}))
+    weights = tmp_path / "run" / "student-last.safetensors"
+    save_file(load_file(weights), weights)
+    same(train(tmp_path / "run", epochs=4, scheduler="constant", resume=True), expected)
 
 
 # single files
@@ -251,7 +268,7 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tutelage.checkpoint.save_file", full)
+    monkeypatch.setattr("tutelage.checked.save_file", full)
     with pytest.raises(OSError, match="No space"):
         write_weights(file, {"a": torch.zeros(3)})
     assert torch.equal(load_file(file)["a"], torch.ones(3))
@@ -277,7 +294,7 @@ def test_shared_and_strided_tensors_are_written_as_they_read(tmp_path):
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) for k in state)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "crc32"}
 
 
 def test_tied_weights_load_strictly(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.cache import Cache
+from tutelage.cache_folder import Cache
 from tutelage.codecs import Codec
 from tutelage.functional import kd_divergence, top_k_kd
 

@@ -234,7 +234,7 @@ def test_a_hint_stage_leaves_the_layers_after_the_hint(tmp_path):
     assert [bool(line["metrics"]) for line in result.history] == [False, False, True, True, True]
     assert result.runs[0].history[0].lr < 0.01 < result.runs[1].history[0].lr < 0.1
     folders = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert folders == ["result.json", "run.json", "stage-1-hint", "stage-2", "student.safetensors"]
+    assert folders == ["lock", "result.json", "run.json", "stage-1-hint", "stage-2", "student.safetensors"]
     fresh = Net(5, seed=9)
     fresh.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"), strict=True)
     same(fresh, student)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 
 import pytest
 
 from tutelage import files
-from tutelage.files import locked, replacing
+from tutelage.files import beside_of, durable, locked, naming, replacing, workplace, writable
 
 
 def test_the_file_appears_whole_at_the_end(tmp_path):
@@ -137,3 +142,128 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(tmp_path / "lock"):
         pass
+
+
+# Holds the lock, and has a child that outlives it, as a loader's worker does.
+PARENT = """
+import importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.locked(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        sys.stdin.read()
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_copy_of_the_process_does_not_keep_its_lock(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "lock"
+    call = [sys.executable, "-c", PARENT, files.__file__, str(path)]
+    process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.kill(child, 0)  # it is still there
+    with locked(path):
+        pass
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    if os.name == "nt":
+        pytest.skip("there, folders are not written by themselves")
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(one, other):
+        done.append("rename")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with replacing(tmp_path / "a.txt") as beside:
+        beside.write_text("whole")
+    assert done == ["file", "rename", "folder"]
+    done.clear()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").write_text("x")
+    durable(tmp_path)
+    assert sorted(done) == ["file", "file", "folder", "folder"]
+
+
+def test_what_killed_processes_left_of_a_file_is_removed_with_its_next_writing(tmp_path):
+    if os.name == "nt":
+        pytest.skip("there, nobody can be asked whether a process lives")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = beside_of(tmp_path / "a.txt").name
+    names = {who: mine.replace(str(os.getpid()), str(who)) for who in (ended.pid, os.getppid())}
+    others = [names[os.getppid()], mine.replace(platform.node(), f"{platform.node()}-2"), ".b.txt", "a.txt.part"]
+    for name in (names[ended.pid], mine, *others):
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "a.txt") as beside:
+        assert not (tmp_path / names[ended.pid]).exists()
+        beside.mkdir()
+        (beside / "content").touch()
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.txt", *others])
+
+
+def test_a_workplace_goes_with_what_was_left_in_it(tmp_path):
+    def fail():
+        with workplace(tmp_path / "a.xml") as folder:
+            (folder / "a.bin").touch()
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (RuntimeError("Permission denied (os error 13)"), errno.EACCES),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), errno.EDQUOT),
+    ],
+)
+def test_what_the_disk_refused_has_the_files_name(tmp_path, error, number):
+    target = tmp_path / "a.txt"
+    with pytest.raises(OSError, match=re.escape(str(target))) as found, replacing(target):
+        raise error
+    assert (found.value.errno, found.value.filename) == (number, str(target))
+    assert found.value.__cause__ is error
+
+
+def test_a_strange_error_is_a_full_disk_only_where_the_disk_is_full(tmp_path, monkeypatch):
+    def fail(error):
+        with naming(tmp_path / "a.txt"):
+            raise error
+
+    with pytest.raises(RuntimeError, match="iostream"):
+        fail(RuntimeError("iostream error"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(OSError, match=f"{os.strerror(errno.ENOSPC)}: .*a.txt"):
+        fail(RuntimeError("iostream error"))
+    with pytest.raises(ValueError, match="no such layer"):
+        fail(ValueError("no such layer"))
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        fail(FileNotFoundError(errno.ENOENT, "nothing there", "elsewhere"))
+
+
+def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path):
+    writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write there: .*file"):
+        writable(tmp_path / "file")

@@ -28,6 +28,7 @@ from tutelage import Training
         ({"epochs": 1, "lr": 0}, "lr=0: expected a positive number"),
         ({"epochs": 1, "lr": math.nan}, "lr=nan"),
         ({"epochs": 1, "clip": 0.0}, "clip=0.0: expected a positive number"),
+        ({"epochs": 1, "timeout": 0}, "timeout=0: expected a positive number"),
         ({"epochs": 1, "optimizer": "adamW2"}, "optimizer='adamW2': expected one of sgd, adamw or a function.*'adamw'"),
         ({"epochs": 1, "scheduler": "cosin"}, "scheduler='cosin'.*'cosine'"),
         ({"epochs": 1, "precision": "bf-16"}, "precision='bf-16': expected one of no, bf16, fp16.*'bf16'"),

@@ -18,7 +18,8 @@ import yaml
 from tutelage.building import RecipeError
 from tutelage.recipe import load, read
 from tutelage.run import Interrupted
-from tutelage.tuning import Search, expand, tune
+from tutelage.searches import Search, expand
+from tutelage.tuning import tune
 
 optuna = pytest.importorskip("optuna")
 

@@ -1,4 +1,4 @@
-"""Objects from plain values: names looked up in trusted places, values checked against signatures and type hints.
+"""Objects from plain values: names from trusted places (:mod:`tutelage.trusted`), values checked against type hints.
 
 A recipe is somebody else's file, so it gets no say in what is imported or called: a name must lie in a trusted place,
 an object must be of the type that its field declares, and a function must declare that it returns one.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import collections.abc
 import functools
-import importlib
-import importlib.util
 import inspect
 import sys
 import types
@@ -17,36 +15,11 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from torch import nn
-
 import tutelage
-from tutelage import data as tutelage_data
-from tutelage import models
 from tutelage.errors import nearest
 from tutelage.schedule import Stage
 from tutelage.training import Training
-
-# Places and not whole packages: nearly every library has functions somewhere that run a command, unpickle a file or
-# fetch code. Models of other libraries come through `create`, data through `tutelage.data`.
-TRUSTED = (
-    *(
-        f"tutelage.{part}"
-        for part in ("algorithms", "applications", "architecture", "cache", "data", "knowledge", "models")
-    ),
-    *(f"tutelage.{part}" for part in ("schemes", "schedule", "teachers", "training", "views")),
-    "torch.nn",
-    "torch.optim",
-    "torchvision.models",
-    "torchvision.ops",
-    "torchvision.transforms",
-)
-LIBRARIES = ("tutelage", "timm", "torchvision", "transformers")
-# Fields that those libraries read code or pickles by.
-RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
-
-
-class RecipeError(ValueError):
-    """A mistake in a recipe: which field, what was wrong, and the nearest right name."""
+from tutelage.trusted import TRUSTED, RecipeError, full_name, library_model, named_object, runs_code
 
 
 class _Mismatch(RecipeError):
@@ -56,78 +29,6 @@ class _Mismatch(RecipeError):
         shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
         super().__init__(f"{where}={shown}: expected {_described(hint)}{note}")
         self.where = where
-
-
-def named_object(path: str, trusted: Iterable[str] = TRUSTED) -> Any:
-    """The class or function that a dotted path names, if it is defined in a trusted place.
-
-    Nothing is imported from anywhere else: not the packages of other names, nor other modules of trusted packages.
-
-    Args:
-        path: as in an import: ``"tutelage.KD"``, ``"torch.optim.AdamW"``.
-        trusted: packages and modules; a module's name stands for everything inside it.
-
-    Raises:
-        RecipeError: it is defined elsewhere, there is no such name, or it is neither class nor function.
-
-    >>> named_object("tutelage.KD").__name__
-    'KD'
-    >>> named_object("os.system")
-    Traceback (most recent call last):
-    ...
-    tutelage.building.RecipeError: 'os.system': a recipe may not use 'os' unless you trust it: --trust os
-    """
-    trusted = tuple(trusted)
-    parts = path.split(".")
-    root = parts[0]
-    if not all(part.isidentifier() and not part.startswith("_") for part in parts):
-        raise RecipeError(f"{path!r}: expected a dotted path of public names, such as torch.optim.AdamW")
-    if root not in {place.split(".")[0] for place in trusted}:
-        raise _untrusted(path, root)
-    if importlib.util.find_spec(root) is None:
-        raise RecipeError(f"{path!r}: the package {root!r} is not installed")
-    found: Any = importlib.import_module(root)
-    for end, part in enumerate(parts[1:], 2):
-        inner = ".".join(parts[:end])
-        leads = _within(inner, trusted) or any(_within(place, (inner,)) for place in trusted)
-        if not hasattr(found, part) and isinstance(found, types.ModuleType) and leads and _is_module(inner):
-            importlib.import_module(inner)
-        if not hasattr(found, part):
-            choices = [name for name in dir(found) if not name.startswith("_")]
-            raise RecipeError(f"{path!r}: no {part!r} in {'.'.join(parts[: end - 1])}{nearest(part, choices)}")
-        found = getattr(found, part)
-    # torch.os.system is reached through a trusted package, and is defined in another
-    home = getattr(found, "__module__", None)
-    if isinstance(home, str) and not _within(home, trusted):
-        raise _untrusted(path, home)
-    if not isinstance(home, str) or not (inspect.isclass(found) or inspect.isroutine(found)):
-        raise RecipeError(f"{path!r}: it is neither a class nor a function of a trusted module")
-    return _library_model if found is models.create else found
-
-
-def _untrusted(path: str, home: str) -> RecipeError:
-    return RecipeError(f"{path!r}: a recipe may not use {home!r} unless you trust it: --trust {home}")
-
-
-def _within(name: str, places: Iterable[str]) -> bool:
-    return any(name == place or name.startswith(f"{place}.") for place in places)
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # what it would be inside is no package
-        return False
-
-
-def _library_model(spec: str, **kwargs: Any) -> nn.Module:
-    """``models.create`` as recipes may call it: of libraries alone."""
-    source = spec.partition(":")[0] if ":" in spec else "tutelage"
-    if source not in LIBRARIES:
-        raise RecipeError(
-            f"spec={spec!r}: expected a model of {', '.join(LIBRARIES)}; name one of your own by class_path"
-        )
-    return models.create(spec, **kwargs)
 
 
 class Builder:
@@ -155,7 +56,7 @@ class Builder:
         for field in given:
             if field not in named and (open_ended is None or not isinstance(field, str)):
                 raise RecipeError(f"{_at(where, field)}: no such field{_of(target, where)}{nearest(str(field), named)}")
-            if (field not in named and field in RUN_CODE) or (field, given[field]) == ("source", "pandas"):
+            if runs_code(field, given[field], field not in named):
                 raise RecipeError(f"{_at(where, field)}: not in a recipe, as it may run code from a file or a hub")
         for field in list(named)[later:]:
             p = named[field]
@@ -227,10 +128,11 @@ class Builder:
 
     def build(self, node: dict[str, Any], hint: Any, where: str) -> Any:
         """The object that ``class_path`` and ``init_args`` describe."""
+        parts = ("class_path", "init_args")
         for name in node:
-            if name not in ("class_path", "init_args"):
+            if name not in parts:
                 raise RecipeError(
-                    f"{_at(where, name)}: expected class_path and init_args{nearest(str(name), ['init_args'])}"
+                    f"{_at(where, name)}: expected class_path and init_args{nearest(str(name), parts, 1)}"
                 )
         target = self.find(node.get("class_path"), where)
         given = node.get("init_args")
@@ -261,21 +163,9 @@ class Builder:
         if not isinstance(name, str):
             raise RecipeError(f"{_at(where, 'class_path')}={name!r}: expected the name of a class or function")
         try:
-            return named_object(_full(name), self.trusted)
+            return named_object(full_name(name), self.trusted)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
-
-
-def _full(name: str) -> str:
-    """``KD`` is short for ``tutelage.KD``, ``resnet20`` for ``tutelage.models.resnet20``."""
-    if "." in name:
-        return name
-    packages = (tutelage, models, tutelage_data)
-    for package in packages:
-        if name in package.__all__:
-            return f"{package.__name__}.{name}"
-    choices = [choice for package in packages for choice in package.__all__]
-    raise RecipeError(f"no {name!r} in tutelage, its models or its data{nearest(name, choices)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -381,7 +271,7 @@ def _suggestion(value: Any, options: Iterable[Any]) -> str:
 
 
 def _name(thing: Any) -> str:
-    if thing is _library_model:
+    if thing is library_model:
         return "create"
     return getattr(thing, "__name__", str(thing))
 
@@ -395,4 +285,5 @@ def _at(where: str, name: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error).split("\nException raised from")[0]  # torch appends where in its own sources
+    return " ".join(text.split()) or type(error).__name__

@@ -3,6 +3,10 @@
 A row is found by a key and lies in the file ``key // rows_per_shard`` at the place ``key % rows_per_shard``. Its last
 four bytes are its checksum, 0 while it is not written; they are written after all else of it. So a row is whole or not
 there, whenever its writer was killed. A row that is there is never written again.
+
+What was not written takes no room. To look at it through the memory would give it room on a file system that is in
+the memory itself (/dev/shm), or end the process with SIGBUS if that is full. So whether a row is there, the file is
+asked.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class Rows:
         self.dtype = np.dtype([*fields, *padding, ("sum", "<u4")])
         self.per_shard = per_shard or max(1, min(MOST_ROWS, SHARD_BYTES // self.dtype.itemsize))
         self._maps: dict[int, np.ndarray] = {}
+        self._known: dict[int, np.ndarray] = {}  # which rows of a shard were seen to be there
 
     def empty(self, count: int) -> np.ndarray:
         """Records to fill in and to write."""
@@ -117,9 +122,9 @@ class Rows:
         """
         for path in sorted(self.folder.glob(f"{self.name}-{'[0-9]' * 5}.rows")):
             shard = int(path.stem.rpartition("-")[2])
-            mapped = self._mapped(shard)
-            assert mapped is not None
-            keys = np.flatnonzero(mapped["sum"]) + shard * self.per_shard
+            self._mapped(shard)  # which looks at the size
+            sums = np.concatenate([part["sum"].copy() for part in self._parts(path)])
+            keys = np.flatnonzero(sums) + shard * self.per_shard
             chunks = [self.read(part)[0] for part in np.array_split(keys, max(1, len(keys) // 4096))]
             yield path, np.concatenate(chunks)
 
@@ -136,14 +141,31 @@ class Rows:
                     "made again"
                 )
             self._maps[shard] = np.memmap(path, self.dtype, mode="r", shape=(self.per_shard,))
+            self._known[shard] = np.zeros(self.per_shard, bool)
         return self._maps[shard]
+
+    def _parts(self, path: Path) -> Iterator[np.ndarray]:
+        with path.open("rb") as file:
+            while len(part := np.fromfile(file, self.dtype, max(1, 2**22 // self.dtype.itemsize))):
+                yield part
+
+    def _there(self, shard: int, places: np.ndarray) -> np.ndarray:
+        """Which rows of a shard that is mapped have a checksum."""
+        known = self._known[shard]
+        if not known[places].all():
+            with self.path(shard).open("rb", buffering=0) as file:
+                for place in places[~known[places]]:
+                    file.seek((int(place) + 1) * self.dtype.itemsize - 4)
+                    known[place] = any(file.read(4))
+        return known[places]
 
     def _gathered(self, keys: np.ndarray) -> np.ndarray:
         shards, places = np.divmod(keys, self.per_shard)
         found = self.empty(len(keys))
         for shard in np.unique(shards):
             if (mapped := self._mapped(int(shard))) is not None:
-                mine = shards == shard
+                mine = np.flatnonzero(shards == shard)
+                mine = mine[self._there(int(shard), places[mine])]
                 found[mine] = mapped[places[mine]]
         return found
 

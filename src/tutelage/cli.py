@@ -73,9 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("TUTELAGE_DEBUG"):
             raise
-        say(f"tutelage: {' '.join(str(error).split())}")
+        say(f"tutelage: {_printable(' '.join(str(error).split()))}")
         return getattr(error, "exit_status", 2)  # 1: all went well, and the answer is no
     return 0
+
+
+def _printable(text: str) -> str:
+    """Text that may quote somebody's file, without what a terminal would obey and without pages of it."""
+    if len(text) > 2000:
+        text = f"{text[:1000]} ... {text[-900:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ class Codec:
         """What is kept of logits (B, ...), by field.
 
         Raises:
-            ValueError: logits that are not finite, or too large for float16.
+            ValueError: logits that are not finite, or too large for float16, for int8 (a row's range is beyond float32)
+                or for top_k (log p is).
         """
         z = _last(logits.detach().float()).cpu()
         if not bool(torch.isfinite(z).all()):
@@ -102,10 +103,12 @@ class Codec:
             return {"logits": in_float16(z, "the teacher's logits", "take codec float32")}
         if self.name == "int8":
             low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+            _hold(z, high - low)
             step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
             steps = ((z - low) / step).round().clamp(0, 255).to(torch.uint8)
             return {"steps": steps.numpy(), "low": low[..., 0].numpy(), "step": step[..., 0].numpy()}
         log_p = (z / self.temperature).log_softmax(-1)
+        _hold(z, log_p)
         logs, classes = log_p.topk(min(self.k, z.shape[-1]), dim=-1)
         # a sum over the others, as 1 − Σ loses all digits of a small rest
         tail = log_p.scatter(-1, classes, -torch.inf).logsumexp(-1)
@@ -144,6 +147,13 @@ def in_float16(values: Tensor, what: str, instead: str) -> np.ndarray:
     if bool((values.abs() > torch.finfo(torch.float16).max).any()):
         raise ValueError(f"{what} reach {float(values.abs().max()):.4g}, more than float16 holds: {instead}")
     return values.to(torch.float16).numpy()
+
+
+def _hold(logits: Tensor, derived: Tensor) -> None:
+    if not bool(torch.isfinite(derived).all()):
+        raise ValueError(
+            f"the teacher's logits reach {float(logits.abs().max()):.4g}, more than this codec holds: take float32"
+        )
 
 
 def _last(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -213,6 +214,7 @@ def distill(
     Raises:
         ValueError: what binding refuses, an empty loader, or FSDP, under which :func:`tutelage.engine.fit` trains.
         FileExistsError: ``out`` holds a run.
+        BlockingIOError: another process is at work in ``out``.
 
     >>> import torch, tutelage as tl
     >>> data = [(torch.randn(16, 8), torch.arange(16) % 3)]
@@ -244,30 +246,31 @@ def distill(
         (stage, f"stage-{n + 1}" + (f"-{stage.name}" if stage.name else "")) for n, stage in enumerate(stages or [])
     ]
     main = os.environ.get("RANK", "0") == "0"
-    if where and plan and main:
-        about = {**Distillation(student, role, losses, views).description(), "losses": [name for _, name in plan]}
-        RunFolder(where, about, resume, overwrite)
     runs = []
     earlier: Distillation | None = None
-    for stage, name in plan or [(None, "")]:
-        d = Distillation(student, role, stage.losses if stage else losses, views)
-        if earlier is not None:
-            d.continue_from(earlier)
-        earlier = d
-        part = dataclasses.replace(training, epochs=stage.epochs, lr=stage.lr or training.lr) if stage else training
-        final = stage is None or stage is plan[-1][0]
-        runs.append(
-            fit(
-                d,
-                train,
-                validation if final else None,
-                training=part,
-                out=where / name if where else None,
-                resume=resume,
-                overwrite=overwrite,
-                after_epoch=after_epoch if final else None,
+    with ExitStack() as ending:
+        if where and plan and main:  # each stage has a folder of its own in it
+            about = {**Distillation(student, role, losses, views).description(), "losses": [name for _, name in plan]}
+            ending.enter_context(RunFolder(where, about, resume, overwrite))
+        for stage, name in plan or [(None, "")]:
+            d = Distillation(student, role, stage.losses if stage else losses, views)
+            if earlier is not None:
+                d.continue_from(earlier)
+            earlier = d
+            part = dataclasses.replace(training, epochs=stage.epochs, lr=stage.lr or training.lr) if stage else training
+            final = stage is None or stage is plan[-1][0]
+            runs.append(
+                fit(
+                    d,
+                    train,
+                    validation if final else None,
+                    training=part,
+                    out=where / name if where else None,
+                    resume=resume,
+                    overwrite=overwrite,
+                    after_epoch=after_epoch if final else None,
+                )
             )
-        )
     network = role.module if isinstance(role, Frozen) else None
     mine, theirs, several = _example(student, network, validation if validation is not None else train, views)
     result = Result(student, network, runs, mine, out=where, teacher_example=theirs, batch=several, views=views)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from tutelage.checkpoint import RunFolder, write_json
+from tutelage.checkpoint import RunFolder
 from tutelage.distillation import Distillation
 from tutelage.evaluation import evaluate
 from tutelage.gradients import gradient_shares
 from tutelage.processes import agreed, averaged, is_sharded, make_accelerator, shares_of, student_state, unsharded
-from tutelage.progress import Meter, tracking
+from tutelage.progress import Meter, check_weights, tracking
 from tutelage.run import Epoch, Interrupted, Run, restore_random, seed_epoch, stop_signals
 from tutelage.teachers import Frozen
 from tutelage.training import Training
@@ -45,18 +46,35 @@ def fit(
             several processes; other iterables must give each process its part, all the same number of batches.
         validation: batches with labels, to choose the best weights by.
         training: the settings.
-        out: the run's folder (:class:`tutelage.checkpoint.RunFolder`); ``None`` writes nothing.
+        out: the run's folder (:class:`tutelage.checkpoint.RunFolder`), which no other run may use meanwhile; ``None``
+            writes nothing.
         resume, overwrite: what to do with a run that is there.
         after_epoch: called with each epoch's line once it is saved; what it raises ends the run.
 
     Raises:
         ValueError: the loader is empty, or what :meth:`Distillation.bind` refuses.
-        NonFiniteLoss: a loss became NaN or infinite.
+        NonFiniteLoss: a loss or the weights became NaN or infinite; no such weights are saved.
+        BlockingIOError: another process is at work in ``out``.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     accelerator = make_accelerator(training, out)
     about = {"training": training.description(), **distillation.description()}
-    folder = RunFolder(out, about, resume, overwrite, accelerator) if out else None
+    with ExitStack() as ending:
+        folder = ending.enter_context(RunFolder(out, about, resume, overwrite, accelerator)) if out else None
+        return _fit(distillation, train, validation, training, accelerator, folder, resume, after_epoch, ending)
+
+
+def _fit(
+    distillation: Distillation,
+    train: Iterable[Any],
+    validation: Iterable[Any] | None,
+    training: Training,
+    accelerator: Accelerator,
+    folder: RunFolder | None,
+    resume: bool,
+    after_epoch: Callable[[Epoch], None] | None,
+    ending: ExitStack,
+) -> Run:
     d = distillation.to(accelerator.device)
     if training.channels_last:
         d.to(memory_format=torch.channels_last)
@@ -78,16 +96,22 @@ def fit(
     # Memories of losses are kept equal by their owners, and may be too large to broadcast at every step.
     d._ddp_params_and_buffers_to_ignore = [n for n, _ in d.owned.named_buffers()]  # type: ignore
     model, optimizer = accelerator.prepare(d.train(), optimizer)
+    ending.callback(vars(d).pop, "forward", None)  # what the next line puts back is a method of the class
+    ending.callback(accelerator.unwrap_model, model, keep_fp32_wrapper=False)  # takes autocast off the distillation
 
     saved = folder.load(accelerator) if folder and resume else None
     run = Run.restored(saved, d, train, scheduler) if saved else Run()
     if saved and folder:
-        run.best, run.last = folder.load_student("best"), folder.load_student("last") or {}
+        run.best = folder.load_student("best") if run.best_epoch is not None else None
+        run.last = folder.load_student("last") if run.epoch else {}
         run.kept |= folder.kept()
+        if run.history and accelerator.is_main_process:  # the checkpoint has its checksum, and that file has none
+            folder.keep_history([asdict(line) for line in run.history])
     meter = Meter(total, training.progress and accelerator.is_main_process, run.step, run.sums)
 
     def save(stop: bool) -> None:
-        meter.look()  # a loss that is no number ends the run before anything is saved
+        meter.look()  # what is no number ends the run before anything is saved
+        check_weights(model, run.step)
         if folder:
             folder.save(accelerator, run.step, run.state(d, train, scheduler))
         if stop:
@@ -131,6 +155,7 @@ def fit(
             if not run.batches:
                 raise ValueError("train: the loader gave no batch in this epoch")
             costs = averaged(meter.averages(), accelerator)
+            check_weights(model, run.step)
             lr = float(scheduler.get_last_lr()[0])
             line = Epoch(run.epoch, run.step, time.monotonic() - began, lr, costs, shares=run.shares)
             run.last, best = student_state(accelerator, model), False
@@ -149,13 +174,12 @@ def fit(
             if folder and accelerator.is_main_process:
                 for name in names:
                     folder.save_student(name, run.last)
-                write_json(folder.path / "history.json", [asdict(line) for line in run.history])
+                folder.keep_history([asdict(line) for line in run.history])
             accelerator.log({f"validation/{k}": v for k, v in line.metrics.items()}, step=run.step)
             meter.line(str(line))
             save(agreed(asked, accelerator, look=True))
             if after_epoch is not None:
                 after_epoch(line)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off the distillation
     return run
 
 

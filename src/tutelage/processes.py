@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
@@ -21,15 +22,19 @@ def make_accelerator(training: Training, out: str | Path | None) -> Accelerator:
     """The accelerator of one run, whose ``ddp_handler`` may still be changed before it prepares a model."""
     if AcceleratorState._shared_state:  # of an earlier run, whose precision it would insist on
         AcceleratorState._shared_state["_mixed_precision"] = training.precision
+    patience = [InitProcessGroupKwargs(timeout=timedelta(seconds=training.timeout))] if training.timeout else []
     accelerator = Accelerator(
         mixed_precision=training.precision,
         cpu=training.cpu or None,
         log_with=training.trackers,
         project_dir=str(out) if out else None,
-        kwargs_handlers=[DistributedDataParallelKwargs()],
+        kwargs_handlers=[DistributedDataParallelKwargs(), *patience],
     )
     if plugin := getattr(accelerator.state, "fsdp_plugin", None):
         plugin.cpu_ram_efficient_loading = False  # it empties the distillation, and the teacher with it
+        # What torch writes for shards is read again by unpickling whatever stands there.
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     return accelerator
 
 

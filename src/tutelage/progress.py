@@ -1,4 +1,4 @@
-"""What the last steps cost: averages for the log, bars for people, and a stop at the first loss that is no number."""
+"""What the last steps cost: averages for the log, bars for people, and a stop where something is no number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutelage.console import console, say
 from tutelage.distillation import Losses
@@ -21,13 +21,15 @@ from tutelage.views import Batch, Inputs, read_batch
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite; the message names the term and the samples."""
+    """A loss became NaN or infinite, or the weights did; the message names the step, and the term with the samples or
+    the weights."""
 
 
 @dataclass
 class _Pending:
     """One batch's losses, not yet waited for, and what its error message would say of the batch."""
 
+    step: int
     losses: Losses
     ids: Tensor | None
     inputs_finite: Tensor | None
@@ -45,6 +47,7 @@ class Meter:
 
     def __init__(self, total: int, visible: bool, done: int = 0, sums: dict[str, list[float]] | None = None):
         self.pending: list[_Pending] = []
+        self.step = done
         self.sums = {} if sums is None else sums
         self.visible = visible
         self.bar = Progress(
@@ -75,8 +78,10 @@ class Meter:
             batch = Batch(Inputs(), Inputs())
         sums = [t.detach().sum(dtype=torch.float32) for t in batch.student.tensors() if t.is_floating_point()]
         finite = torch.isfinite(torch.stack(sums)).all() if sums else None
-        self.pending.append(_Pending(replace(losses, total=losses.total.detach()), batch.ids, finite))
+        losses = replace(losses, total=losses.total.detach())
+        self.pending.append(_Pending(self.step + 1, losses, batch.ids, finite))
         if step_ended:
+            self.step += 1
             self.bar.advance(self.task)
 
     def look(self) -> dict[str, float]:
@@ -137,8 +142,25 @@ class Meter:
                 "; its inputs are finite" if pending.inputs_finite else "; its inputs contain NaN or infinite values"
             )
         raise NonFiniteLoss(
-            f"loss term {', '.join(bad) or 'total (a weight)'} is not finite: {terms}; sample ids of the batch: "
-            f"{ids}{blame}. Nothing was saved since; the last checkpoint is whole"
+            f"loss term {', '.join(bad) or 'total (a weight)'} is not finite in step {pending.step}: {terms}; sample "
+            f"ids of the batch: {ids}{blame}. Nothing was saved since; the last checkpoint is whole"
+        )
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """See that what was learned up to a step can be saved: a gradient that is no number (of √0) leaves the loss finite.
+
+    Raises:
+        NonFiniteLoss: a weight is NaN or infinite; the message names it.
+    """
+    learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    # under FSDP2 this process's part of each
+    mine = [value.to_local() if hasattr(value, "to_local") else value for value in learned.values()]
+    finite = torch.stack([torch.isfinite(value).all() for value in mine]).tolist() if mine else []
+    if bad := [name.removeprefix("module.") for name, good in zip(learned, finite, strict=True) if not good]:
+        raise NonFiniteLoss(
+            f"after step {step} weights are NaN or infinite, and no loss was ({len(bad)} of {len(learned)} tensors: "
+            f"{', '.join(bad[:3])}): a gradient must have been. Nothing was saved since; the last checkpoint is whole"
         )
 
 

@@ -13,14 +13,12 @@ import functools
 import importlib.resources
 import math
 import random
-import re
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from tutelage import procedures
@@ -32,6 +30,7 @@ from tutelage.errors import nearest
 from tutelage.knowledge.base import Loss
 from tutelage.knowledge.feature.route_constrained import RouteConstrained
 from tutelage.models import load_weights
+from tutelage.plain_yaml import MOST_BYTES, parse_yaml
 from tutelage.run import Epoch
 from tutelage.schedule import Stage
 from tutelage.teachers import Frozen, Teacher
@@ -221,6 +220,8 @@ def read(text: str | Path) -> dict[str, Any]:
     """
     path = Path(text)
     if path.is_file():
+        if path.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"recipe {text}: {path.stat().st_size:,} bytes: expected {MOST_BYTES:,} at most")
         try:
             content = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -243,34 +244,6 @@ def packaged_names() -> list[str]:
     """The names of the recipes inside the package."""
     folder = importlib.resources.files("tutelage") / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Plain values alone; ``1e-3`` is a number, and a field that stands twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if key != "<<" and keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the field {key!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """Plain values from YAML; ``what`` it is stands in the message of a mistake."""
-    try:
-        return yaml.load(text, RecipeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{what}{line}: not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
-        ) from None
 
 
 def change_field(fields: dict[str, Any], change: str) -> None:

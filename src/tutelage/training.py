@@ -51,6 +51,9 @@ class Training:
         trackers: of accelerate, such as ``["tensorboard"]``; logs go to the run's folder.
         channels_last: put both networks in that memory format, which is faster for convolutions.
         cpu: stay on the processor.
+        timeout: seconds that one of several processes waits for the others before it ends with an error; by default
+            what torch takes (30 minutes on processors, 10 on GPUs). It must be enough to write a checkpoint. On
+            processors one that dies is noticed at once; this is for one that hangs.
         progress: show bars and lines.
         gradient_shares: at the beginning of each epoch, note each term's share of the gradient on a batch, if there is
             more than one term (:func:`tutelage.gradients.gradient_shares`).
@@ -87,6 +90,7 @@ class Training:
     trackers: list[str] | None = None
     channels_last: bool = False
     cpu: bool = False
+    timeout: float | None = None
     progress: bool = True
     gradient_shares: bool = True
 
@@ -98,7 +102,7 @@ class Training:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
-        for name, number in (("lr", self.lr), ("clip", self.clip)):
+        for name, number in (("lr", self.lr), ("clip", self.clip), ("timeout", self.timeout)):
             if number is not None and not number > 0:
                 raise ValueError(f"{name}={number}: expected a positive number")
         _known("optimizer", self.optimizer, ("sgd", "adamw"))

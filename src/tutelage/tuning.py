@@ -11,123 +11,38 @@ A study's folder:
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from rich.table import Table
 from torch import nn
 
 from tutelage.building import RecipeError
-from tutelage.checkpoint import write_json
 from tutelage.console import say
 from tutelage.data.loaders import Loaders
 from tutelage.distilling import distill
 from tutelage.errors import require
-from tutelage.files import replacing
 from tutelage.models import load_weights
 from tutelage.progress import NonFiniteLoss
-from tutelage.recipe import RecipeLoader, changed, distil_recipe, load
+from tutelage.recipe import changed, distil_recipe, load
 from tutelage.run import Epoch, Interrupted
 from tutelage.searches import Search, expand
+from tutelage.study import ended_trials, importance, open_folder, open_study, quiet
 from tutelage.training import HIGHER_IS_BETTER, Training
+from tutelage.tuned import Trial, Tuned, shown, write_found
 from tutelage.views import SameView
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-# Pruning waits for so many whole trials, and importance is not calculated of fewer than the second.
-WHOLE_BEFORE_PRUNING, WHOLE_FOR_IMPORTANCE = 5, 10
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training with the values that were tried.
-
-    Args:
-        number: from 1 up.
-        state: ``complete``, ``pruned`` (ended early, as it was behind) or ``failed``.
-        value: the best monitored figure on validation; ``None`` of a failed trial.
-        values: by field.
-        epochs: that were trained, of all trainings that report theirs (of ``stages`` the last).
-        seconds: it took.
-        reason: why it failed, or which trial had the same values.
-    """
-
-    number: int
-    state: str
-    value: float | None
-    values: dict[str, Any]
-    epochs: int
-    seconds: float
-    reason: str | None = None
-
-
-@dataclass
-class Tuned:
-    """A finished study. ``print`` says what was found, and what that figure is worth.
-
-    Args:
-        monitor: the validation figure by which the trials were compared.
-        trials: all that ended, in their order.
-        out: the study's folder.
-        importance: each field's share in what made the best trials the best; empty of few trials.
-    """
-
-    monitor: str
-    trials: list[Trial]
-    out: Path
-    importance: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Trial:
-        """The best whole trial.
-
-        Raises:
-            ValueError: there is none; the message says what became of the trials.
-        """
-        if ranked := self.ranked():
-            return ranked[0]
-        reasons = [trial.reason for trial in self.trials if trial.reason]
-        why = f"; the first reason: {reasons[0]}" if reasons else ""
-        raise ValueError(f"tune: none of {len(self.trials)} trials was trained to its end{why}")
-
-    def ranked(self) -> list[Trial]:
-        """The whole trials, the best first."""
-        whole = [(trial.value, trial) for trial in self.trials if trial.state == "complete" and trial.value is not None]
-        sign = -1.0 if self.monitor in HIGHER_IS_BETTER else 1.0
-        return [trial for value, trial in sorted(whole, key=lambda pair: sign * pair[0])]
-
-    def table(self, rows: int = 10) -> Table:
-        """The best trials, with what they were trained with."""
-        fields = list(self.trials[0].values) if self.trials else []
-        table = Table("trial", self.monitor, *(name.replace(".init_args", "") for name in fields), "epochs", "seconds")
-        for trial in self.ranked()[:rows]:
-            values = [_shown(trial.values[name]) for name in fields]
-            table.add_row(str(trial.number), _shown(trial.value), *values, str(trial.epochs), f"{trial.seconds:.1f}")
-        return table
-
-    def __str__(self) -> str:
-        states = [trial.state for trial in self.trials]
-        counts = ", ".join(f"{states.count(s)} {s}" for s in ("complete", "pruned", "failed") if s in states)
-        best = self.best
-        return (
-            f"{self.monitor} {_shown(best.value)} on validation, by trial {best.number}: the best of "
-            f"{len(self.trials)} trials ({counts}).\n"
-            "It was chosen as the best on that same data, so it is optimistic; the test data were not looked at.\n"
-            f"For the test figure run {self.out / 'best.yaml'} once, when nothing is left to choose."
-        )
+WHOLE_BEFORE_PRUNING = 5  # trials: nothing is compared with fewer
 
 
 def tune(
@@ -200,7 +115,7 @@ def tune(
 
     folder = Path(out)
     about = {"recipe": fields, "search": [str(s) for s in searches], "seed": seed, "prune": prune}
-    _open(folder, about, resume)
+    open_folder(folder, about, resume)
     laid: dict[str, Any] = dict(fields)  # every trial's, with the teacher as it is after its training
     if base.get("teacher_training") is not None:
         del laid["teacher_training"]
@@ -214,12 +129,12 @@ def tune(
     tuned = Tuned(settings.monitor, [], folder)
     name = str(recipe) if isinstance(recipe, str | Path) else "given as fields"
 
-    with _quiet(optuna), _study(optuna, folder, settings.monitor in HIGHER_IS_BETTER, pruner) as study:
+    with quiet(optuna), open_study(optuna, folder, settings.monitor in HIGHER_IS_BETTER, pruner) as study:
 
         def note() -> list[FrozenTrial]:
-            ended = _ended(study)
+            ended = ended_trials(study)
             tuned.trials = [_trial(number, trial, searches) for number, trial in enumerate(ended, 1)]
-            _write(tuned, laid, searches, name)
+            write_found(tuned, laid, searches, name)
             return ended
 
         for left in study.get_trials(deepcopy=False):
@@ -241,7 +156,7 @@ def tune(
             _say_last(tuned, trials)
             if timeout is not None and time.monotonic() - began >= timeout:
                 break
-        tuned.importance = _importance(optuna, study, searches)
+        tuned.importance = importance(optuna, study, searches)
     tuned.best  # noqa: B018  (raises where there is none)
     return tuned
 
@@ -255,41 +170,6 @@ def _check(fields: dict[str, Any], searches: Sequence[Search], trust: Iterable[s
             load(fields, [s.change(s.ends[1]) for s in searches], trust)
         except RecipeError:
             raise RecipeError(f"search: {str(error).replace('--set ', '')}") from None
-
-
-def _open(folder: Path, about: dict[str, Any], resume: bool) -> None:
-    mark = folder / "study.json"
-    about = json.loads(json.dumps(about, default=str))
-    if folder.is_file():
-        raise FileExistsError(f"out: {folder} is a file; expected a folder")
-    if mark.exists() and not resume:
-        raise FileExistsError(f"out: {folder} already holds a study; use --resume to go on with it, or another folder")
-    if mark.exists():
-        try:
-            there = dict(json.loads(mark.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"resume: {mark} is damaged: {error}") from error
-        for name, now in about.items():
-            before = there.get(name)
-            if name == "recipe" and isinstance(before, dict):
-                for key in dict.fromkeys((*before, *now)):
-                    if before.get(key) != now.get(key):
-                        raise ValueError(
-                            f"resume: the recipe of the study in {folder} has another {key}: its trials could not be "
-                            "compared with new ones; take another folder"
-                        )
-            elif before != now:
-                raise ValueError(
-                    f"resume: the study in {folder} has {name} {before!r}, this one {now!r}; take another folder"
-                )
-        return
-    others = [] if not folder.is_dir() else [p.name for p in folder.iterdir() if not p.name.startswith(".")]
-    if others:
-        raise FileExistsError(
-            f"out: {folder} holds other files and no study of ours ({', '.join(sorted(others)[:3])}); "
-            "choose an empty folder"
-        )
-    write_json(mark, about)
 
 
 def _trained_teacher(built: dict[str, Any], where: Path) -> Path:
@@ -316,36 +196,6 @@ def _judge(built: dict[str, Any]) -> str:
         if labels is not None:
             digest.update(labels.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _study(optuna: Any, folder: Path, higher: bool, pruner: Any) -> Iterator[optuna.Study]:
-    from sqlalchemy.engine import URL
-
-    storage = optuna.storages.RDBStorage(
-        URL.create("sqlite", database=str(folder / "study.db")).render_as_string(hide_password=False)
-    )
-    try:
-        yield optuna.create_study(
-            study_name="tutelage",
-            storage=storage,
-            load_if_exists=True,
-            direction="maximize" if higher else "minimize",
-            pruner=pruner,
-        )
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
 
 
 @dataclass
@@ -425,11 +275,6 @@ def _train(watch: _Watch, built: dict[str, Any], judge: str | None) -> None:
     distil_recipe(**built)
 
 
-def _ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that ended by themselves."""
-    return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and "seconds" in t.user_attrs]
-
-
 def _trial(number: int, trial: FrozenTrial, searches: Sequence[Search]) -> Trial:
     facts = trial.user_attrs
     return Trial(
@@ -443,57 +288,10 @@ def _trial(number: int, trial: FrozenTrial, searches: Sequence[Search]) -> Trial
     )
 
 
-def _importance(optuna: Any, study: optuna.Study, searches: Sequence[Search]) -> dict[str, float]:
-    whole = [t for t in _ended(study) if t.state.name == "COMPLETE"]
-    if len(whole) < WHOLE_FOR_IMPORTANCE or len(searches) < 2:
-        return {}
-    try:
-        return dict(optuna.importance.get_param_importances(study))
-    except (ImportError, ValueError, RuntimeError):  # a package is missing, or all trials have one value
-        return {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what :func:`tutelage.recipe.read` reads back: text that looks like one of its numbers is quoted."""
-
-    yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _write(tuned: Tuned, fields: dict[str, Any], searches: Sequence[Search], name: str) -> None:
-    """The tables of trials, and the recipe with the best values."""
-    about = {"monitor": tuned.monitor, "data": "validation", "trials": [asdict(t) for t in tuned.trials]}
-    write_json(tuned.out / "trials.json", about)
-    columns = ["trial", "state", tuned.monitor, "epochs", "seconds", "reason", *(s.field for s in searches)]
-    with replacing(tuned.out / "trials.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(columns)
-        for t in tuned.trials:
-            values = [v if isinstance(v, int | float | str) else json.dumps(v) for v in t.values.values()]
-            rows.writerow([t.number, t.state, t.value, t.epochs, round(t.seconds, 3), t.reason, *values])
-    if not tuned.ranked():
-        return
-    best = tuned.best
-    chosen = [f"{place}={json.dumps(value)}" for place, value in best.values.items()]
-    head = (
-        f"# Made by `tutelage tune` of the recipe {name}: trial {best.number}, the best of {len(tuned.trials)} by its\n"
-        f"# {tuned.monitor} on the validation data, {_shown(best.value)}. The test data were not looked at.\n"
-    )
-    with replacing(tuned.out / "best.yaml") as beside:
-        text = yaml.dump(changed(fields, chosen), Dumper=_Dumper, sort_keys=False, width=120)
-        beside.write_text(head + text, encoding="utf-8")
-
-
 def _say_last(tuned: Tuned, trials: int) -> None:
     last = tuned.trials[-1]
     ending = f"{'ended' if last.state == 'complete' else last.state} after {last.epochs} epochs ({last.seconds:.1f} s)"
-    figure = "" if last.value is None else f", {tuned.monitor} {_shown(last.value)}"
-    values = "  ".join(f"{name.replace('.init_args', '')}={_shown(value)}" for name, value in last.values.items())
+    figure = "" if last.value is None else f", {tuned.monitor} {shown(last.value)}"
+    values = "  ".join(f"{name.replace('.init_args', '')}={shown(value)}" for name, value in last.values.items())
     why = f": {last.reason}" if last.reason else ""
     say(f"trial {last.number} of {trials} {ending}{figure}  {values}{why}")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

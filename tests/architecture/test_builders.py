@@ -29,9 +29,8 @@ from tutelage import (
     methods,
     save_structure,
 )
-from tutelage.comparison import timing
+from tutelage.comparison import read_comparison, timing
 from tutelage.comparison.pages import measure_networks
-from tutelage.comparison.plan import read_comparison
 from tutelage.data import fashion_loaders
 from tutelage.deploy import export
 from tutelage.deploy.compress import Limits, compress

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tutelage.architecture.pruning import Kept, Pruning, choose_channels, keep_channels, load_pruned, prune_channels
+from tutelage.architecture.channels import Kept, Pruning
+from tutelage.architecture.pruning import choose_channels, keep_channels, load_pruned, prune_channels
 from tutelage.models import (
     MLP,
     SmallCNN,

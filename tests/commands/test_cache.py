@@ -9,8 +9,8 @@ import signal
 import pytest
 import torch
 
-from tutelage import cache as cache_module
-from tutelage.cache import Cache
+from tutelage.cache import Cached
+from tutelage.cache_folder import Cache
 from tutelage.cli import main
 from tutelage.data import Images, ImageSet, fashion_subset, loaders
 from tutelage.models import SmallCNN
@@ -92,7 +92,7 @@ def test_what_every_stage_reads_is_kept(capsys):
 
 
 def test_a_check_names_what_is_damaged(capsys):
-    role = cache_module.Cached(SmallCNN(width=2), "c")
+    role = Cached(SmallCNN(width=2), "c")
     held = Cache("c", {"teacher": {"class": "X", "sha256": "0" * 64}, "seed": 0, "views": 1, "codec": role.codec.about})
     held.write("@logits", torch.arange(9).numpy(), torch.randn(9, 5), torch.zeros(9).numpy().astype("u4"))
     assert main(["cache", "--check", "c"]) == 0
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(capsys):
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(capsys, monkeypatch):
-    real, begun = cache_module.Cached.lessons, []
+    real, begun = Cached.lessons, []
 
     def stopped(self, batch, student):
         begun.append(1)
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, batch, student)
 
-    monkeypatch.setattr(cache_module.Cached, "lessons", stopped)
+    monkeypatch.setattr(Cached, "lessons", stopped)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     try:
         assert main(["cache", "cached", *small(VALIDATION)]) == 130

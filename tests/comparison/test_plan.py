@@ -11,7 +11,8 @@ from tutelage.building import RecipeError
 from tutelage.catalogue import methods
 from tutelage.comparison import Comparison, read_comparison
 from tutelage.comparison.comparing import plain_comparison
-from tutelage.comparison.plan import CONTROL, TEACHER, method_fields
+from tutelage.comparison.methods import method_fields
+from tutelage.comparison.plan import CONTROL, TEACHER
 from tutelage.models import SmallCNN, save_weights
 from tutelage.recipe import load, packaged_names, read
 
@@ -171,6 +172,22 @@ def test_stages_that_do_not_fit_are_skipped_with_the_reason():
     cells, skipped = read_comparison(short, methods=["KD", "fit_nets_two_stages"], seeds=1).plan()
     assert [c.method for c in cells] == [CONTROL, "KD"]
     assert "2 stages" in skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (5, "training=5: expected settings"),
+        ({"epochs": "many"}, "training.epochs='many': expected a whole number"),
+        ({"epochs": 2.5}, "training.epochs=2.5: expected a whole number"),  # of which no whole parts sum to it
+        ({"epochs": 0}, "it has 2 stages, and training.epochs=0"),
+        ({"epochs": 8, "lr": "fast"}, "training.lr='fast': expected a number"),
+    ],
+)
+def test_stages_of_a_training_that_is_none_are_skipped_with_the_reason(training, said):
+    wrong = {**RECIPE, "training": training}
+    skipped = read_comparison(wrong, methods=["fit_nets_two_stages"], seeds=1).plan()[1]
+    assert said in skipped[0].reason
 
 
 def test_stages_follow_the_pairs_own_training():

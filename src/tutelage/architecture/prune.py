@@ -57,7 +57,7 @@ class Prune(StudentBuilder):
             raise ValueError(f"ratio={self.ratio}: expected a share between 0 and 1")
 
     def choose(self, teacher: nn.Module, example: Example) -> dict[str, Any]:
-        """The plain form of a :class:`tutelage.architecture.pruning.Pruning`."""
+        """The plain form of a :class:`tutelage.architecture.channels.Pruning`."""
         from tutelage.architecture.pruning import choose_channels
 
         seed = int(torch.randint(2**31, ())) if self.importance == "random" else 0
@@ -74,6 +74,7 @@ class Prune(StudentBuilder):
     @staticmethod
     def build(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         """The network with these channels alone."""
-        from tutelage.architecture.pruning import Pruning, keep_channels
+        from tutelage.architecture.channels import Pruning
+        from tutelage.architecture.pruning import keep_channels
 
         return keep_channels(network, Pruning.of(structure)).train()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import json
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -18,83 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from tutelage.architecture.channel_groups import joined, layer_name, made, pruning_of, removed_of, scored, stays_whole
+from tutelage.architecture.channels import CONVOLUTIONS, Pruning, cut
 from tutelage.architecture.prune import Importance
-from tutelage.checkpoint import write_json
 from tutelage.deploy.calling import Example, as_call, device_of
 from tutelage.errors import nearest, require
 from tutelage.evaluation import evaluating
 from tutelage.models import load_weights
 from tutelage.record import Record
 from tutelage.views import move
-
-_FORMAT = 1
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (*_CONVOLUTIONS, *_NORMS, nn.Linear, nn.PReLU)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which of a layer's channels stay: ``channels`` (ascending) out of ``of``."""
-
-    of: int
-    channels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Which channels of which layers stay; layers that are not named stay whole.
-
-    This is what a pruned architecture is written down as: with the function that makes the unpruned network, it makes
-    the pruned one again. No code and no pickle is stored, nothing is traced again, torch-pruning is not needed to load,
-    and the network stays an ordinary ``nn.Module`` that can be tapped, trained, pruned further and exported (a
-    ``torch.export`` archive can only be run). The indices, and not the widths alone, say in which of the original's
-    channels each one has its origin.
-
-    Args:
-        outputs: by the name of a convolution, linear layer, batch norm or PReLU.
-        inputs: by the name of a convolution or linear layer.
-    """
-
-    outputs: dict[str, Kept] = field(default_factory=dict)
-    inputs: dict[str, Kept] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """It as plain values."""
-        sides = {"outputs": self.outputs, "inputs": self.inputs}
-        return {
-            side: {name: {"of": k.of, "kept": list(k.channels)} for name, k in layers.items()}
-            for side, layers in sides.items()
-        }
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Pruning:
-        """It from what :meth:`plain` gave."""
-        return cls(
-            *(
-                {name: Kept(int(k["of"]), tuple(map(int, k["kept"]))) for name, k in plain[side].items()}
-                for side in ("outputs", "inputs")
-            )
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        write_json(Path(path), {"format": _FORMAT, **self.plain()})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Pruning:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: it is no such file.
-        """
-        try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
-            if body["format"] != _FORMAT:
-                raise ValueError(f"format {body['format']!r}, expected {_FORMAT}")
-            return cls.of(body)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no file of pruned channels: {error!r}") from error
 
 
 def prune_channels(
@@ -202,24 +131,24 @@ def choose_channels(
         logits(traced, None)  # a model that cannot be called so is better refused in its own words
         try:
             graph = pruner.DependencyGraph().build_dependency(traced, args or kwargs, forward_fn=logits, verbose=False)
-            groups = list(graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, nn.Linear]))
+            groups = list(graph.get_all_groups(root_module_types=[*CONVOLUTIONS, nn.Linear]))
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__}: torch-pruning cannot follow its channels "
                 f"({type(error).__name__}: {error}); it shuffles, splits or reshapes them in a way it does not know"
             ) from error
-    score = _score(pruner, importance, torch.Generator().manual_seed(seed))
+    score = scored(pruner, importance, torch.Generator().manual_seed(seed))
     chosen: dict[str, Pruning] = {}
     for group in groups:
         scores = score(group)  # drawn for every group, so that keep does not change the choice in the others
-        if _stays_whole(pruner, group) or any(_name(dep, names) in kept_layers for dep, _ in _made(graph, group)):
+        if stays_whole(pruner, group) or any(layer_name(dep, names) in kept_layers for dep, _ in made(graph, group)):
             continue
-        removed = _removed(group, names, scores, ratio, round_to)
+        removed = removed_of(group, names, scores, ratio, round_to)
         if removed:
             root = group[0][0]
             whole = graph.get_pruning_group(root.target.module, root.handler, removed)
-            chosen[_name(root, names)] = _pruning(graph, whole, names)
-    pruning = _joined(chosen.values(), model)
+            chosen[layer_name(root, names)] = pruning_of(graph, whole, names)
+    pruning = joined(chosen.values(), model)
     if ratio and not pruning.outputs:
         raise ValueError(
             f"ratio={ratio}: no channel of this {type(model).__name__} can go; every group of channels is too small, "
@@ -239,6 +168,7 @@ def keep_channels(model: nn.Module, pruning: Pruning) -> nn.Module:
     Raises:
         ValueError: the network has no such layer, or one of another width.
 
+    >>> from tutelage.architecture.channels import Kept
     >>> layer = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     >>> small = keep_channels(layer, Pruning({"0": Kept(2, (1,))}, {"1": Kept(2, (1,))}))
     >>> small[0].out_features, bool((small[0].weight == layer[0].weight[1:]).all())
@@ -252,7 +182,7 @@ def keep_channels(model: nn.Module, pruning: Pruning) -> nn.Module:
             if name not in modules:
                 raise ValueError(f"{type(model).__name__} has no layer {name!r}{nearest(name, modules)}")
     for name in dict.fromkeys([*pruning.outputs, *pruning.inputs]):
-        _cut(modules[name], name, pruning.outputs.get(name), pruning.inputs.get(name))
+        cut(modules[name], name, pruning.outputs.get(name), pruning.inputs.get(name))
     return small.requires_grad_(True)
 
 
@@ -309,174 +239,6 @@ def _layers_of(model: nn.Module, keep: Sequence[str]) -> set[str]:
     return found
 
 
-def _name(dependency: Any, names: Mapping[Any, str]) -> str:
-    return names.get(dependency.target.module, "")
-
-
-def _made(graph: Any, group: Any) -> Iterable[tuple[Any, list[int]]]:
-    """The part of a group that makes its channels, rather than reads them."""
-    return ((dep, channels) for dep, channels in group if graph.is_out_channel_pruning_fn(dep.handler))
-
-
-def _stays_whole(pruner: Any, group: Any) -> bool:
-    """Whether a group reaches the model's output, or a padding of channels."""
-    for dependency, _ in group:
-        node = dependency.target
-        if node.type == pruner.ops.OPTYPE.OUTPUT:
-            return True
-        # Two numbers for each dimension, the last one first: of (N, C, H, W) the third pair is the channels'.
-        pad = getattr(node.grad_fn, "_saved_pad", ())
-        if any(pad[4:6]):
-            return True
-    return False
-
-
-def _score(pruner: Any, importance: Importance, generator: torch.Generator) -> Callable[[Any], Tensor]:
-    if importance == "random":
-        return lambda group: torch.rand(len(group[0][1]), generator=generator)
-    magnitude = pruner.importance.GroupMagnitudeImportance(p=2 if importance == "l2" else 1, normalizer=None)
-    return lambda group: magnitude(group).detach().float().cpu()
-
-
-def _removed(group: Any, names: Mapping[Any, str], scores: Tensor, ratio: float, round_to: int | None) -> list[int]:
-    """The channels of a group's first layer that go."""
-    count, parts = len(scores), 1
-    for dependency, _ in group:
-        layer = dependency.target.module
-        if isinstance(layer, _CONVOLUTIONS) and 1 < layer.groups < layer.out_channels:
-            parts = math.lcm(parts, layer.groups)
-    if count % parts:
-        raise ValueError(
-            f"{_name(group[0][0], names)!r}: its {count} channels are shared by grouped convolutions that divide them "
-            f"differently; name it in keep"
-        )
-    each = count // parts
-    stay = max(1, each - math.floor(ratio * each + 1e-9))
-    while round_to and stay < each and stay * parts % round_to:
-        stay += 1
-    order = scores.view(parts, each).mean(0).argsort(stable=True)
-    gone = order[: each - stay].tolist()
-    return sorted(part * each + channel for part in range(parts) for channel in gone)
-
-
-def _pruning(graph: Any, group: Any, names: Mapping[Any, str]) -> Pruning:
-    """What removing one group's channels leaves of each layer in it."""
-    found = Pruning()
-    for dependency, channels in group:
-        layer, name = dependency.target.module, _name(dependency, names)
-        if layer not in names:
-            if isinstance(layer, nn.Parameter):
-                raise ValueError(
-                    f"{_name(group[0][0], names)!r}: its channels are read by a parameter of shape "
-                    f"{tuple(layer.shape)} outside of any layer, which cannot be cut; name it in keep"
-                )
-            continue  # an operation without parameters
-        if not isinstance(layer, _LAYERS):
-            if any(True for _ in layer.parameters()):
-                raise ValueError(
-                    f"{name!r} is a {type(layer).__name__}, which cannot be cut; expected convolutions, linear layers, "
-                    f"batch norms and PReLUs, or {_name(group[0][0], names)!r} in keep"
-                )
-            continue
-        makes = graph.is_out_channel_pruning_fn(dependency.handler)
-        if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
-            continue
-        side = found.outputs if makes or _depthwise(layer) or not _reads(layer) else found.inputs
-        of = _width(layer, side is found.outputs)
-        gone = set(channels)
-        side[name] = Kept(of, tuple(c for c in range(of) if c not in gone))
-    return found
-
-
-def _reads(layer: nn.Module) -> bool:
-    return isinstance(layer, (*_CONVOLUTIONS, nn.Linear))
-
-
-def _depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, _CONVOLUTIONS) and 1 < layer.groups == layer.in_channels == layer.out_channels
-
-
-def _width(layer: nn.Module, outputs: bool) -> int:
-    if isinstance(layer, _CONVOLUTIONS):
-        return layer.out_channels if outputs else layer.in_channels
-    if isinstance(layer, nn.Linear):
-        return layer.out_features if outputs else layer.in_features
-    return layer.num_features if isinstance(layer, _NORMS) else cast(nn.PReLU, layer).num_parameters
-
-
-def _joined(parts: Iterable[Pruning], model: nn.Module) -> Pruning:
-    """All groups together: several may remove inputs of one layer, where they were concatenated."""
-    whole = Pruning()
-    for part in parts:
-        for mine, others in ((whole.outputs, part.outputs), (whole.inputs, part.inputs)):
-            for name, kept in others.items():
-                before = mine.get(name, kept)
-                mine[name] = Kept(kept.of, tuple(c for c in before.channels if c in set(kept.channels)))
-    # In the model's order, for people who read the file.
-    names = [name for name, _ in model.named_modules()]
-    return Pruning(*({n: side[n] for n in names if n in side} for side in (whole.outputs, whole.inputs)))
-
-
-def _cut(layer: nn.Module, name: str, outputs: Kept | None, inputs: Kept | None) -> None:
-    """Take channels away from one layer, in place."""
-    if not isinstance(layer, _LAYERS) or (inputs and not _reads(layer)):
-        raise ValueError(f"{name!r} is a {type(layer).__name__}, which cannot be cut like this")
-    for kept, makes in ((outputs, True), (inputs, False)):
-        if kept and (
-            kept.of != _width(layer, makes)
-            or not kept.channels
-            or list(kept.channels) != sorted(set(kept.channels) & set(range(kept.of)))
-        ):
-            raise ValueError(
-                f"{name!r} has {_width(layer, makes)} {'output' if makes else 'input'} channels; the file keeps "
-                f"{len(kept.channels)} of {kept.of}"
-            )
-    if isinstance(layer, _CONVOLUTIONS):
-        _cut_convolution(layer, name, outputs, inputs)
-    elif isinstance(layer, nn.Linear):
-        for kept, dimension in ((outputs, 0), (inputs, 1)):
-            if kept:
-                _select(layer, ("weight", "bias") if dimension == 0 else ("weight",), kept.channels, dimension)
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif outputs:
-        _select(layer, ("weight", "bias", "running_mean", "running_var"), outputs.channels, 0)
-        setattr(layer, "num_features" if isinstance(layer, _NORMS) else "num_parameters", len(outputs.channels))
-
-
-def _cut_convolution(layer: nn.Module, name: str, outputs: Kept | None, inputs: Kept | None) -> None:
-    layer = cast(nn.Conv2d, layer)
-    if outputs and _depthwise(layer):
-        _select(layer, ("weight", "bias"), outputs.channels, 0)
-        layer.groups = layer.in_channels = layer.out_channels = len(outputs.channels)
-        return
-    if outputs:
-        _positions(name, outputs, layer.groups)
-        _select(layer, ("weight", "bias"), outputs.channels, 0)
-        layer.out_channels = len(outputs.channels)
-    if inputs:
-        _select(layer, ("weight",), _positions(name, inputs, layer.groups), 1)
-        layer.in_channels = len(inputs.channels)
-
-
-def _positions(name: str, kept: Kept, groups: int) -> tuple[int, ...]:
-    """The positions that stay in each group of channels, which must be the same in all."""
-    each = kept.of // groups
-    positions = tuple(c for c in kept.channels if c < each)
-    if kept.channels != tuple(g * each + p for g in range(groups) for p in positions):
-        raise ValueError(f"{name!r} has {groups} groups of channels, and other channels of each would stay")
-    return positions
-
-
-def _select(layer: nn.Module, names: Iterable[str], channels: Sequence[int], dimension: int) -> None:
-    for name in names:
-        tensor = getattr(layer, name, None)
-        if tensor is not None:
-            index = torch.tensor(channels, dtype=torch.long, device=tensor.device)
-            # index_select forgets a memory format such as channels-last; a fresh parameter learns in any
-            part = tensor.detach().index_select(dimension, index).clone()
-            setattr(layer, name, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
-
-
 def _silenced(model: nn.Module, pruning: Pruning) -> nn.Module:
     """A copy of the whole network in which nobody reads the channels that go."""
     whole = copy.deepcopy(model)
@@ -510,9 +272,9 @@ def _check(model: nn.Module, args: Any, kwargs: Any, pruning: Pruning, chosen: M
         with evaluating(silenced):
             whole = Record(silenced(*args, **kwargs)).logits
         try:
-            cut = keep_channels(model, part)
-            with evaluating(cut):
-                small = Record(cut(*args, **kwargs)).logits
+            narrow = keep_channels(model, part)
+            with evaluating(narrow):
+                small = Record(narrow(*args, **kwargs)).logits
         except (RuntimeError, ValueError, IndexError):  # shapes that no longer fit
             return False
         return whole.shape == small.shape and torch.allclose(whole, small, rtol=1e-6, atol=1e-9)

@@ -50,7 +50,7 @@ def compare(
     from tutelage.comparison.comparing import compare as run
     from tutelage.comparison.lines import caution, lines, teachers, verdicts
     from tutelage.comparison.pages import command_line, report
-    from tutelage.comparison.plan import read_comparison
+    from tutelage.comparison.reading import read_comparison
     from tutelage.comparison.tables import as_csv, latex, markdown, quoted_csv, quoted_markdown, terminal
     from tutelage.files import replacing
 

@@ -68,12 +68,11 @@ def distill(
 
 def _settings(recipe: str, changes: list[str], seed: int | None) -> str:
     """The recipe as it was run, but for its folder."""
-    import yaml
-
+    from tutelage.plain_yaml import written_yaml
     from tutelage.recipe import changed
 
     fields = changed(recipe, changes + ([f"seed={seed}"] if seed is not None else []))
-    return yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+    return written_yaml(fields, flow=None)
 
 
 def _command(recipe: str, set: list[str] | None, trust: list[str] | None, out: str | None, seed: int | None) -> str:

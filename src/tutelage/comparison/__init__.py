@@ -9,8 +9,9 @@ from tutelage.comparison.cells import Cell, CellResult
 from tutelage.comparison.comparing import Compared, compare
 from tutelage.comparison.intervals import Interval, mean_interval, paired_interval, student_t
 from tutelage.comparison.lines import Line, caution, verdicts
-from tutelage.comparison.plan import Comparison, read_comparison
+from tutelage.comparison.plan import Comparison
 from tutelage.comparison.quoted import Quoted
+from tutelage.comparison.reading import read_comparison
 from tutelage.comparison.timing import StepTime
 
 __all__ = [

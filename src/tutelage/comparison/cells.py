@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from tutelage.checkpoint import plain_state, write_json, write_weights
+from tutelage.checked import read_json, write_json, write_weights
+from tutelage.checkpoint import plain_state
 from tutelage.files import locked
 from tutelage.progress import NonFiniteLoss
 from tutelage.run import Interrupted
@@ -121,7 +122,7 @@ class CellResult:
 def read_result(folder: Path, cell: Cell) -> CellResult | None:
     """The result in a cell's folder under the cell's present names; ``None`` if there is none that is whole."""
     try:
-        body = json.loads((folder / "result.json").read_text())
+        body = read_json(folder / "result.json")
         return renamed(CellResult(**body), cell)
     except (OSError, ValueError, TypeError):
         return None
@@ -138,14 +139,18 @@ def renamed(result: CellResult, cell: Cell) -> CellResult:
 def run_cell(folder: str | Path) -> CellResult:
     """Run the cell whose ``cell.json`` is in ``folder``, or go on with it, and write its ``result.json``.
 
-    Every end but an interruption is a result.
+    Every end but an interruption is a result. A process whose parent was killed may still be ending here: it is waited
+    for.
     """
     folder = Path(folder)
-    about = json.loads((folder / "cell.json").read_text())
+    about = read_json(folder / "cell.json")
     cell = Cell(**about["cell"])
-    with locked(folder / "lock"):
+    with locked(folder / "lock", wait=True):
+        there = read_result(folder, cell)
+        if there is not None and there.final:
+            return there  # from the one that was waited for
         result = _outcome(cell, folder, about["trust"])
-        write_json(folder / "result.json", asdict(result))
+        write_json(folder / "result.json", asdict(result), checked=True)
         shutil.rmtree(folder / "run", ignore_errors=True)  # what it would go on with
     return result
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tutelage.checkpoint import write_json
+from tutelage.checked import read_json, write_json
 from tutelage.comparison.cells import Cell, CellResult, renamed
-from tutelage.comparison.plan import CONTROL, TEACHER, Comparison, read_comparison
+from tutelage.comparison.plan import CONTROL, TEACHER, Comparison
 from tutelage.comparison.pool import finished, read_known, run_cells
 from tutelage.comparison.quoted import Quoted
+from tutelage.comparison.reading import read_comparison
 from tutelage.comparison.timing import StepTime, time_steps
 from tutelage.deploy.measure import Measurement
-from tutelage.files import locked
+from tutelage.files import locked, writable
 
 _FORMAT = 1
 
@@ -52,7 +53,7 @@ class Compared:
             "times": {key: asdict(t) for key, t in self.times.items()},
             "measurements": {name: asdict(m) for name, m in self.measurements.items()},
         }
-        write_json(Path(path), body)
+        write_json(Path(path), body, checked=True)
         return Path(path)
 
     @classmethod
@@ -60,9 +61,9 @@ class Compared:
         """Read what :meth:`save_json` wrote, which is enough for lines, tables and a page without pictures of weights.
 
         Raises:
-            ValueError: the file is no comparison, or one of another format.
+            ValueError: the file is no comparison, is damaged, or of another format.
         """
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
+        body = read_json(Path(path))
         if not isinstance(body, dict) or body.get("format") != _FORMAT or "cells" not in body:
             raise ValueError(f"{Path(path).name} is not a comparison of format {_FORMAT}")
         about = body["comparison"]
@@ -119,10 +120,13 @@ def compare(
         raise TypeError(f"{', '.join(reading)}: give them to read_comparison, or a file instead of a Comparison")
     where = Path(out)
     earlier = read_known(known) if known is not None else {}
+    writable(where)
     with locked(where / "lock"):
         cells, skipped = comparison.plan()
         compared = Compared(comparison, list(skipped), _times(where, known), out=where)
         results = finished(cells, where / "cells", earlier)
+        for key in results:  # a process may have been killed before it had removed all that it need not go on with
+            shutil.rmtree(where / "cells" / key / "run", ignore_errors=True)
 
         def note() -> None:
             ended = [renamed(results[cell.key], cell) for cell in cells if cell.key in results]
@@ -183,7 +187,7 @@ def _times(where: Path, known: str | Path | None) -> dict[str, StepTime]:
     found: dict[str, StepTime] = {}
     for path in (known, where / "comparison.json"):
         if path is not None and Path(path).exists():
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            body = read_json(Path(path))
             found |= {key: StepTime(**t) for key, t in body.get("times", {}).items()}
     return found
 

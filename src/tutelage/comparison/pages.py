@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -18,6 +17,7 @@ from tutelage.comparison.lines import Line, caution, lines, teachers
 from tutelage.comparison.plan import CONTROL, TEACHER, Comparison
 from tutelage.deploy.measure import Measurement, measure_together
 from tutelage.models import load_weights
+from tutelage.plain_yaml import written_yaml
 from tutelage.recipe import load, student_network
 from tutelage.views import judging
 
@@ -94,7 +94,7 @@ def report(compared: Compared, *, trust: Sequence[str] = (), command: str = "") 
         curves,
         notes=[note for note in (_budget(compared), caution(found)) if note],
         environment=done[0].environment if done else {},
-        recipe=yaml.safe_dump(plain_comparison(compared.comparison), sort_keys=False, allow_unicode=True),
+        recipe=written_yaml(plain_comparison(compared.comparison)),
         command=command,
         skipped={name(n): n.reason for n in found if n.reason},
         quoted=compared.comparison.quoted,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tutelage.checkpoint import write_json
+from tutelage.checked import read_json, write_json
 from tutelage.comparison.cells import Cell, CellResult, read_result, renamed
 from tutelage.errors import require
 from tutelage.files import replacing
@@ -275,7 +274,7 @@ def prepare(cell: Cell, folder: Path, trust: Sequence[str]) -> None:
     """Make the cell's folder and say in it what it is; the result of an earlier attempt is no longer there."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
-    write_json(folder / "cell.json", {"cell": asdict(cell), "trust": list(trust)})
+    write_json(folder / "cell.json", {"cell": asdict(cell), "trust": list(trust)}, checked=True)
 
 
 def thread_limits(threads: int) -> dict[str, str]:
@@ -323,7 +322,7 @@ def read_known(path: str | Path) -> dict[str, CellResult]:
         ValueError: the file is no comparison.
     """
     try:
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
+        body = read_json(Path(path))
         results = [CellResult(**r) for r in body["cells"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"known: {path} is not the comparison.json of a comparison ({error})") from None

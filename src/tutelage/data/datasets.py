@@ -85,11 +85,13 @@ def torchvision_dataset(
         transform: of the image; by default float32 ``(C, H, W)`` on the scale 0..1.
 
     Raises:
-        ValueError: for a name that torchvision does not have.
+        ValueError: for a name that torchvision does not have, or LSUN, which is read by unpickling.
         FileNotFoundError: if the files are not there and ``download`` is False.
         ImportError: without torchvision.
     """
     datasets = require("torchvision.datasets", extra="vision")
+    if name in ("LSUN", "LSUNClass"):
+        raise ValueError(f"name={name!r}: torchvision unpickles a file of its folder, which may hold code")
     if name not in datasets.__all__:
         raise ValueError(f"torchvision has no dataset {name!r}{nearest(name, datasets.__all__)}")
     if transform is None:

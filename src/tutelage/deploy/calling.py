@@ -85,6 +85,17 @@ def resized(example: Any, rows: int) -> Any:
     return pytree.tree_map(change, dict(example) if isinstance(example, Mapping) else example)
 
 
+def in_parts(batch: Any, smallest: int, largest: int | None) -> Iterator[tuple[Any, int]]:
+    """A batch in parts that a file takes, each with the number of its rows that count: the rest fills it up."""
+    rows = batch_size_of(batch)
+    if largest is None or rows <= largest:
+        yield resized(batch, smallest) if rows < smallest else batch, rows
+        return
+    for start in range(0, rows, largest):
+        part = pytree.tree_map(lambda x, s=start: x[s : s + largest] if is_batched(x, rows) else x, batch)
+        yield from in_parts(part, smallest, largest)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lies; the processor if it has none.
 

@@ -7,57 +7,24 @@ import copy
 import io
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from tutelage.console import say
-from tutelage.deploy.calling import (
-    Example,
-    as_call,
-    batch_size_of,
-    device_of,
-    feeds,
-    is_batched,
-    resized,
-    undisturbed,
-)
-from tutelage.deploy.formats import executorch, format_of, onnx, openvino, pt2e, torch_export
-from tutelage.deploy.formats.tracing import ExportError, beside_logits, tensors_of, trace, unsupported
-from tutelage.deploy.running import Running, open_exported
-from tutelage.files import replacing
-from tutelage.record import Record
+from tutelage.deploy.calling import Example, batch_size_of, is_batched, resized
+from tutelage.deploy.formats import executorch, format_of, onnx
+from tutelage.deploy.formats.tracing import ExportError, beside_logits, tensors_of, unsupported
+from tutelage.deploy.formats.writing import available, write
+from tutelage.deploy.parity import compared, logits_of
+from tutelage.deploy.running import open_exported
+from tutelage.files import durable, naming, replacing, workplace, writable
 from tutelage.views import move
-
-
-class ParityError(ValueError):
-    """The exported file does not say what the PyTorch model says."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a file is from the model it came from.
-
-    Attributes:
-        max_abs_error: Largest absolute difference between two logits.
-        max_abs_logit: Largest absolute logit of the PyTorch model, to see the error against.
-        agreement: Share of predictions with the same most likely class, in [0, 1].
-        samples: Rows that were compared.
-    """
-
-    max_abs_error: float
-    max_abs_logit: float
-    agreement: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -155,8 +122,9 @@ def export(
         raise ValueError(f"samples is {samples}: expected at least 1")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: expected a file to write")
+    writable(path.parent)
     with _quiet():
-        _available(kind, quantize is not None)
+        available(kind, quantize is not None)
     model = _plain(model)
     example = move(example, torch.device("cpu"))
     rows = batch_size_of(example)
@@ -172,10 +140,10 @@ def export(
         sizes = sorted({*(size for size in sizes if size <= max_batch), max_batch})
     checks = [resized(example, n) for n in sizes]
     # A model that cannot be called so, or gives no logits, is better refused in its own words than the exporter's.
-    _expected(model, example)
+    logits_of(model, example)
     for check in checks:
         try:
-            _expected(model, check)
+            logits_of(model, check)
         except Exception as error:
             raise ExportError(
                 f"the model takes {rows} samples but not {batch_size_of(check)} ({error}); "
@@ -184,13 +152,12 @@ def export(
     if left_out := beside_logits(model, example):
         say(f"{type(model).__name__}: the file has the logits alone, and not {', '.join(left_out)} of the output")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Everything happens in a folder beside the target: the name of external data is written into the file.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        file = Path(folder) / path.name
+    with workplace(path) as folder:
+        file = folder / path.name
         try:
-            with _quiet():
-                program = _write(
+            with _quiet(), naming(path):
+                program = write(
                     kind,
                     model,
                     example,
@@ -200,32 +167,31 @@ def export(
                     dynamic_batch,
                     max_batch,
                 )
-        except (ImportError, TypeError, ValueError):
+        except (ImportError, TypeError, ValueError, OSError):
             raise
         except Exception as error:  # quantisers' and converters' errors have no base in common
             raise ExportError(f"{kind} failed: {' '.join(str(error).split())}") from error
-        reported = judging or calibrating or checks
         try:
             # ExecuTorch tells standard error, and only it, which operator failed.
             with (
                 executorch.hushed() if kind == "executorch" else contextlib.nullcontext(),
                 open_exported(file) as running,
             ):
-                if quantize:
-                    _compare(running, model, checks, None)
-                    parity = _compare(running, model, reported, None)
-                else:
-                    for batches in (checks, calibrating, judging):
-                        if batches:
-                            parity = _compare(running, model, batches, tolerance)
+                for batches in (checks, calibrating, judging):
+                    if batches:  # the last of them is what is reported
+                        parity = compared(running, model, batches, None if quantize else tolerance)
         except ExportError as error:
             raise (
                 unsupported(program, " ".join(getattr(error, "__notes__", [])), f"{kind}'s runtime") or error
             ) from error.__cause__
-        size = sum(f.stat().st_size for f in Path(folder).iterdir())
+        size = sum(f.stat().st_size for f in folder.iterdir())
         found = onnx.opset_of(file) if kind == "onnx" else None
-        for extra in Path(folder).iterdir():
+        durable(folder)
+        for extra in folder.iterdir():
             if extra != file:
+                # Two files cannot be replaced in one moment. A process that is killed now leaves none rather than a
+                # network with the other one's weights.
+                path.unlink(missing_ok=True)
                 os.replace(extra, path.with_name(extra.name))
         with replacing(path) as beside:
             os.replace(file, beside)
@@ -261,39 +227,6 @@ def export_onnx(
     )
 
 
-def check_exported(
-    path: str | Path, model: nn.Module, inputs: Iterable[Any] | Tensor, *, tolerance: float | None = None
-) -> Parity:
-    """Compare an exported file in its own runtime with the PyTorch model in eval mode.
-
-    Args:
-        path: The file (.onnx, .pt2, .pte, .xml).
-        model: The module it should compute; left with the modes and buffers it came with.
-        inputs: A batch (a tensor, or a dict of keyword arguments), or an iterable of batches. Batches that are too
-            large for the file are given to it in parts.
-        tolerance: If given, the largest accepted difference of a logit, absolute up to logits of one and relative
-            to the largest logit beyond.
-
-    Returns:
-        The largest difference, and how often the most likely class is the same. Classes lie in dimension 1 of
-        maps (four dimensions or more) and in the last one otherwise; a single logit is compared by its sign.
-
-    Raises:
-        ParityError: The shapes differ, a value is not finite in one of them only, or the difference is beyond
-            ``tolerance``.
-        ValueError: There is nothing to compare, or the file cannot be loaded.
-    """
-    with open_exported(path) as running:
-        return _compare(running, model, [inputs] if isinstance(inputs, Tensor | Mapping) else inputs, tolerance)
-
-
-def check_onnx(
-    path: str | Path, model: nn.Module, inputs: Iterable[Any] | Tensor, *, tolerance: float | None = None
-) -> Parity:
-    """:func:`check_exported` of an ONNX file."""
-    return check_exported(path, model, inputs, tolerance=tolerance)
-
-
 def _plain(model: nn.Module) -> nn.Module:
     """The model on the processor with weights in the usual order of memory: itself, if it is so.
 
@@ -305,66 +238,6 @@ def _plain(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
 
 
-def _available(kind: str, quantize: bool) -> None:
-    if kind == "onnx" or (kind == "openvino" and quantize):
-        onnx.available()
-    if kind == "openvino":
-        openvino.available()
-    if kind == "executorch":
-        executorch.available()
-    if quantize and kind in ("executorch", "torch.export"):
-        pt2e.available()
-
-
-def _write(
-    kind: str,
-    model: nn.Module,
-    example: Example,
-    file: Path,
-    calibration: list[Any],
-    opset: int,
-    dynamic_batch: bool,
-    max_batch: int | None,
-) -> ExportedProgram:
-    """Write the file, in int8 if there are calibration batches; the program that it was written from."""
-    rows = batch_size_of(example)
-    bounds = (1, max_batch) if dynamic_batch else (rows, rows)
-    parts = [part for batch in calibration for part, _ in _parts(batch, *bounds)]
-    keywords = kind == "torch.export" and isinstance(example, Mapping)
-    program = trace(model, example, dynamic_batch=dynamic_batch, largest=max_batch, keywords=keywords)
-    if parts and kind in ("torch.export", "executorch"):
-        quantizer = executorch.quantizer() if kind == "executorch" else pt2e.layers_quantizer()
-        program = pt2e.quantized(program, [tensors_of(part) for part in parts], quantizer, keywords=keywords)
-    if kind == "torch.export":
-        torch_export.write(program, file)
-    elif kind == "executorch":
-        executorch.write(program, file, (bounds[0], bounds[1] or rows))
-    elif kind == "onnx":
-        onnx.write(program, file, opset)
-        if parts:
-            onnx.quantize(file, parts)
-    elif parts:
-        with tempfile.TemporaryDirectory() as folder:
-            between = Path(folder) / "int8.onnx"
-            onnx.write(program, between, opset)
-            onnx.quantize(between, parts)
-            openvino.write_int8(between, file)
-    else:
-        openvino.write(program, file)
-    return program
-
-
-def _parts(batch: Any, smallest: int, largest: int | None) -> Iterator[tuple[Any, int]]:
-    """A batch in parts that a file takes, each with the number of its rows that count: the rest fills it up."""
-    rows = batch_size_of(batch)
-    if largest is None or rows <= largest:
-        yield resized(batch, max(rows, smallest)) if rows < smallest else batch, rows
-        return
-    for start in range(0, rows, largest):
-        part = pytree.tree_map(lambda x, s=start: x[s : s + largest] if is_batched(x, rows) else x, batch)
-        yield from _parts(part, smallest, largest)
-
-
 def _first(samples: int, batches: Iterable[Any]) -> Iterator[Any]:
     """Batches until so many rows are reached; the last one is cut."""
     left = samples
@@ -374,54 +247,6 @@ def _first(samples: int, batches: Iterable[Any]) -> Iterator[Any]:
         left -= rows
         if left <= 0:
             return
-
-
-def _compare(running: Running, model: nn.Module, batches: Iterable[Any], tolerance: float | None) -> Parity:
-    error = largest = 0.0
-    same = predictions = samples = 0
-    for whole in batches:
-        for batch, rows in _parts(whole, *running.batch):
-            expected = _expected(model, batch)[:rows]
-            found = _found(running, batch)[:rows].astype(np.float32)
-            if found.shape != expected.shape:
-                raise ParityError(f"the file gives logits of shape {found.shape}, PyTorch {expected.shape}")
-            unlike = ~(np.isfinite(found) & np.isfinite(expected)) & (found != expected)
-            unlike &= ~(np.isnan(found) & np.isnan(expected))
-            if unlike.any():
-                raise ParityError(f"{int(unlike.sum())} logits are not finite in the file or in PyTorch only")
-            both = np.isfinite(expected)
-            error = max(error, float(np.abs(found - expected, where=both, out=np.zeros_like(found)).max(initial=0)))
-            largest = max(largest, float(np.abs(expected[both]).max(initial=0)))
-            agree = _classes(found) == _classes(expected)
-            same, predictions, samples = same + int(agree.sum()), predictions + agree.size, samples + len(expected)
-    if not predictions:
-        raise ValueError("inputs is empty: there is nothing to compare")
-    parity = Parity(error, largest, same / predictions, samples)
-    if tolerance is not None and error > tolerance * max(1.0, largest):
-        raise ParityError(
-            f"the largest difference between the file's logits and PyTorch's is {error:.3g} "
-            f"(largest logit {largest:.3g}, {parity.agreement:.1%} the same class), beyond the tolerance {tolerance:g}"
-        )
-    return parity
-
-
-def _expected(model: nn.Module, batch: Any) -> np.ndarray:
-    args, kwargs = as_call(move(batch, device_of(model)))
-    with undisturbed(model), torch.inference_mode():
-        return Record(model(*args, **kwargs)).logits.float().cpu().numpy()
-
-
-def _found(running: Running, batch: Any) -> np.ndarray:
-    fed = feeds(list(running.inputs), batch)
-    try:
-        return running(*fed.values())
-    except Exception as error:  # the runtimes' errors have no base in common
-        raise ExportError(f"{running.format} cannot run the file: {' '.join(str(error).split())}") from error
-
-
-def _classes(logits: np.ndarray) -> np.ndarray:
-    axis = 1 if logits.ndim >= 4 else -1
-    return logits > 0 if logits.shape[axis] == 1 else logits.argmax(axis)
 
 
 def _like(example: Example, batch: Any, field: str) -> Example:

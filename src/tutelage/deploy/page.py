@@ -45,7 +45,7 @@ def page(report: Report) -> str:
         ("again", "Reproduce", _again(report)),
         ("environment", "Environment", _facts(report.environment)),
     ]
-    sections = [(name, title, body) for name, title, body in found if body]
+    sections = [(name, escape(title), body) for name, title, body in found if body]
     body = "".join(
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{body}</section>\n'
         for name, title, body in sections

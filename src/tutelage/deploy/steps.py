@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.checkpoint import write_json
+from tutelage.checked import read_json, write_json
 
 _DEEPEST = 6
 _BYTE = torch.uint8
@@ -113,7 +113,7 @@ class Steps:
         result = work()
         body = {"key": key, "depends": depends, "result": result, "files": self._files(files)}
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(mark, body)
+        write_json(mark, body, checked=True)
         # What a later run will read, and not what it was made from: tuples become lists now, not then.
         return json.loads(json.dumps(result))
 
@@ -123,7 +123,7 @@ class Steps:
     @staticmethod
     def _read(mark: Path) -> dict[str, Any] | None:
         try:
-            body = json.loads(mark.read_text(encoding="utf-8"))
+            body = read_json(mark)
         except (OSError, ValueError):
             return None  # not there, or not ours: the step is done again
         return body if isinstance(body, dict) and {"key", "result", "files"} <= body.keys() else None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import nearest, require
-from tutelage.files import replacing
 from tutelage.models import (
     cifar_resnet,
     dense,
@@ -119,8 +118,9 @@ def _known(source: str, name: str, names: Iterable[str]) -> None:
 
 def _transformer(name: str, kwargs: dict[str, Any]) -> nn.Module:
     library = require("transformers", extra="text")
+    kwargs = {"trust_remote_code": False, **kwargs}  # without it transformers asks on the terminal, with a time limit
     try:
-        config = library.AutoConfig.from_pretrained(name)
+        config = library.AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"])
     except OSError as error:
         raise ValueError(f"transformers has no model {name!r}, as a folder or on the hub: {error}") from error
     classifier = any("ForSequenceClassification" in a for a in config.architectures or ())
@@ -165,7 +165,7 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> tup
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint, or one of another architecture.
+        ValueError: if it is no checkpoint, is damaged, or one of another architecture.
     """
     path = Path(path)
     state = _read(path)
@@ -194,20 +194,24 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> tup
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the parameters and buffers of ``model`` as safetensors, beside and then renamed.
+    """Write the parameters and buffers of ``model`` as safetensors with a checksum, beside and then renamed.
 
     Tensors that share memory are written once. Read with ``load_weights``.
 
     Raises:
         ValueError: for a path that does not end in ``.safetensors``.
     """
-    from safetensors.torch import save_model
+    from tutelage.checked import write_weights
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in '.safetensors', got {path.name!r}")
-    with replacing(path) as beside:
-        save_model(model, str(beside))
+    state, places = {}, set()
+    for name, tensor in model.state_dict().items():
+        if (place := _place(tensor)) not in places:
+            places.add(place)
+            state[name] = tensor
+    write_weights(path, state)
 
 
 def _place(tensor: Tensor) -> object:
@@ -227,13 +231,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is not a checkpoint: the file is empty")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from tutelage.checked import read_weights
 
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors checkpoint: {error}") from error
+        return read_weights(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tutelage import KD, Distillation, FitNets, RouteConstrained, TaskLoss, Training, distill
 from tutelage.building import RecipeError
 from tutelage.checkpoint import write_weights
-from tutelage.comparison.plan import read_comparison
+from tutelage.comparison import read_comparison
 from tutelage.engine import fit
 from tutelage.knowledge.feature.route_constrained import equal_parts
 from tutelage.recipe import load, read

@@ -9,7 +9,7 @@ from torch import nn
 
 from tutelage import AttentionTransfer, Distillation, FitNets, ReusedClassifier, SimKD, TaskLoss, distill, evaluate
 from tutelage.checkpoint import plain_state
-from tutelage.comparison.plan import read_comparison
+from tutelage.comparison import read_comparison
 from tutelage.deploy.export import export
 from tutelage.deploy.measure import measure
 from tutelage.engine import fit

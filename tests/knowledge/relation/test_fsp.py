@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tutelage.knowledge.relation.fsp as module
 from tutelage import Distillation
 from tutelage.knowledge.relation.fsp import FSP, fsp, fsp_matrix
 from tutelage.models import SmallCNN
@@ -87,6 +88,47 @@ def test_memory_is_channels_squared_and_never_channels_squared_times_pixels():
     assert largest.numbers <= 2 * 32 * 16 * 16 < 2 * 32 * 32 * 16 * 16
 
 
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("layers_first", [True, False])
+@pytest.mark.parametrize("mapped", [(False, False), (True, False), (False, True), (True, True)])
+def test_projected_flows_and_their_gradients_are_those_of_projected_layers(monkeypatch, mapped, layers_first, chunk):
+    torch.manual_seed(0)
+    student = [torch.randn(3, c, 4, 4, dtype=torch.float64, requires_grad=True) for c in (3, 5)]
+    channels = [n if own else c for own, n, c in zip(mapped, (4, 6), (3, 5), strict=True)]
+    teacher = [torch.randn(3, c, 2, 2, dtype=torch.float64) for c in channels]
+    maps = [
+        torch.randn(n, c, dtype=torch.float64, requires_grad=True) if own else None
+        for own, n, c in zip(mapped, (4, 6), (3, 5), strict=True)
+    ]
+    monkeypatch.setattr(module, "_layers_first", lambda *args: layers_first)
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk * channels[0] * channels[1])
+    projected = [x if w is None else torch.einsum("dc,bcyx->bdyx", w, x) for w, x in zip(maps, student, strict=True)]
+    expected = (fsp_matrix(*projected) - fsp_matrix(*teacher)).square().mean()
+    learned = [x for x in (*student, *maps) if x is not None]
+    wanted = torch.autograd.grad(3 * expected, learned)
+    value = fsp(student, teacher, projections=maps)
+    torch.testing.assert_close(value, expected)
+    for mine, gradient in zip(torch.autograd.grad(3 * value, learned), wanted, strict=True):
+        torch.testing.assert_close(mine, gradient)
+
+
+def test_the_cheaper_way_to_map_channels_is_taken():
+    def layers_first(c, d, c_t, d_t, positions):
+        shapes = (1, c, positions), (1, d, positions), (c_t, c), (d_t, d)
+        return module._layers_first(*(torch.empty(shape) for shape in shapes))
+
+    assert not layers_first(64, 128, 256, 512, positions=784), "many positions: 25 million products, not 167"
+    assert layers_first(256, 512, 1024, 2048, positions=49), "few positions: 167 million products, not 1,214"
+
+
+def test_no_matrix_waits_for_the_backward_pass():
+    student = [torch.randn(8, 64, 4, 4, requires_grad=True), torch.randn(8, 64, 4, 4, requires_grad=True)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        fsp(student, [x.detach() for x in student])
+    assert max(kept) <= 8 * 64 * 16 < 8 * 64 * 64
+
+
 def test_refusals():
     a, b = torch.ones(2, 3, 4, 4), torch.ones(2, 5, 4, 4)
     with pytest.raises(ValueError, match=r"\(3, 3\) channels and the teacher's \(3, 5\)"):
@@ -122,7 +164,7 @@ def test_projectors_learn_and_stay_out_of_the_student():
     keys = set(student.state_dict())
     d = Distillation(student, SmallCNN(6), losses=[loss]).bind(inputs)
     d(inputs).total.backward()
-    assert [p.shape for p in loss.projectors.parameters()] == [(6, 4, 1, 1), (6,), (12, 8, 1, 1), (12,)]
+    assert [p.shape for p in loss.projectors.parameters()] == [(6, 4), (12, 8)]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.projectors.parameters())
     assert {id(p) for p in loss.parameters()} <= {id(p) for p in d.parameters()}
     assert set(student.state_dict()) == keys

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutelage import Distillation, Loss, TaskLoss
 
@@ -83,3 +84,24 @@ def school() -> School:
         optimizer.step()
     student = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
     return School(inputs[:100], labels[:100], inputs[600:], labels[600:], teacher, student)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return out
+
+
+@pytest.fixture
+def largest_tensor():
+    """:class:`Largest`."""
+    return Largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -13,4 +14,6 @@ from tutelage.deploy.formats.tracing import forget_origins
 def write(program: ExportedProgram, file: Path) -> None:
     """Save a program without what it notes about its making."""
     forget_origins(program)
-    torch.export.save(program, str(file))
+    content = io.BytesIO()  # given a path, torch ends the whole process when the disk is full
+    torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())

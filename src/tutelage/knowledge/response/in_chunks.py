@@ -2,165 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tutelage import taps
+from tutelage.console import say
 from tutelage.knowledge.base import Loss
+from tutelage.knowledge.response.chunks import Hidden, chunked
+from tutelage.knowledge.response.liger import Fused, check_usable, deviation
 from tutelage.record import Record
 from tutelage.taps import Observer
 from tutelage.views import UNLABELLED, Batch, Inputs
-
-CHUNK_NUMBERS = 2**23
-"""How many logits (32 MiB of float32) :func:`chunked` makes at once, about."""
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Logits that are not there yet: z = cap(scale · (h·Wᵀ + b)), where cap(z) = softcap · tanh(z / softcap).
-
-    Args:
-        states: h, (..., D).
-        weight: W, (V, D).
-        bias: b, (V).
-        scale: of the logits.
-        softcap: the bound of soft-capped logits, as Gemma 2 has them.
-
-    >>> Hidden(torch.ones(2, 3), torch.ones(5, 3), scale=0.5).logits()
-    tensor([[1.5000, 1.5000, 1.5000, 1.5000, 1.5000],
-            [1.5000, 1.5000, 1.5000, 1.5000, 1.5000]])
-    """
-
-    states: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def raw(self) -> Tensor:
-        """h·Wᵀ + b."""
-        return nn.functional.linear(self.states, self.weight, self.bias)
-
-    def finished(self, raw: Tensor) -> Tensor:
-        """Scaled and capped, in float32 or wider where something has to be done."""
-        if self.scale != 1.0 or self.softcap is not None:
-            raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.scale
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
-
-    def logits(self) -> Tensor:
-        """All logits at once."""
-        return self.finished(self.raw())
-
-    def rows(self, index: slice | Tensor) -> Hidden:
-        """Some of the positions."""
-        return replace(self, states=self.states[index])
-
-
-def chunked(
-    formula: Callable[..., Tensor],
-    student: Hidden,
-    *others: Hidden | Tensor,
-    mask: Tensor | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """A response formula of the student's logits, which are made, used and differentiated some positions at a time.
-
-    The value and the gradients of the student's states, weight and bias are those of
-    ``formula(student.logits(), ...)``: each chunk's gradient is taken while its logits are there, so the backward pass
-    only has to scale. It cannot be differentiated twice, and nothing but the student gets a gradient.
-
-    Args:
-        formula: ``(logits, *others) -> scalar``, a mean over its rows that treats each by itself, such as
-            :func:`tutelage.functional.kd_divergence` or :func:`tutelage.functional.task_cross_entropy`.
-        student: of positions (..., D).
-        others: what else the formula is given of each position: the teacher's :class:`Hidden`, logits, labels.
-        mask: booleans of the positions' shape; those that are False do not count. If none counts, the value is 0, with
-            a gradient of 0.
-        chunk: positions at a time; by default as many as have about ``CHUNK_NUMBERS`` logits.
-
-    Returns:
-        The formula's mean over all positions that count.
-
-    Raises:
-        ValueError: other numbers of positions, or a ``chunk`` below 1.
-
-    Memory: about six times chunk · V, and the gradients of states, weight and bias; never positions · V.
-
-    >>> from tutelage.functional import kd_divergence
-    >>> student = Hidden(torch.randn(2, 5, 4), torch.randn(9, 4, requires_grad=True))
-    >>> teacher = Hidden(torch.randn(2, 5, 6), torch.randn(9, 6))
-    >>> direct = kd_divergence(student.logits(), teacher.logits())
-    >>> bool(torch.isclose(chunked(kd_divergence, student, teacher, chunk=3), direct))
-    True
-    """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected 1 or more")
-    places = student.states.shape[:-1]
-
-    def flat(thing: Hidden | Tensor) -> Hidden | Tensor:
-        tensor = thing.states if isinstance(thing, Hidden) else thing
-        if tensor.shape[: len(places)] != places:
-            raise ValueError(f"positions of shape {tuple(tensor.shape)} beside the student's {tuple(places)}")
-        tensor = tensor.reshape(-1, *tensor.shape[len(places) :])
-        tensor = tensor if mask is None else tensor[mask.reshape(-1)]
-        return replace(thing, states=tensor) if isinstance(thing, Hidden) else tensor.detach()
-
-    if mask is not None and mask.shape != places:
-        raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit positions of shape {tuple(places)}")
-    rows, beside = flat(student), [flat(other) for other in others]
-    assert isinstance(rows, Hidden)
-    chunk = chunk or max(1, CHUNK_NUMBERS // len(student.weight))
-    return _Chunked.apply(rows.states, rows.weight, rows.bias, (formula, rows, beside, chunk))
-
-
-class _Chunked(torch.autograd.Function):
-    """The gradients are taken in the forward pass, chunk by chunk, and kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, what: tuple) -> Tensor:
-        formula, student, others, chunk = what
-        count = len(states)
-        wanted = ctx.needs_input_grad
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=states.device)
-        d_states = torch.zeros_like(states) if wanted[0] else None
-        # in float32, or what many chunks add to a half-precision gradient would be lost
-        d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None
-        for start in range(0, count, chunk):
-            part = slice(start, start + chunk)
-            mine = student.rows(part)
-            raw = mine.raw().detach().requires_grad_(any(wanted))
-            beside = [o.rows(part).logits().detach() if isinstance(o, Hidden) else o[part] for o in others]
-            with torch.set_grad_enabled(any(wanted)):
-                value = formula(mine.finished(raw), *beside) * (len(raw) / count)
-            total += value.detach()
-            if not any(wanted):
-                continue
-            (gradient,) = torch.autograd.grad(value, raw)
-            if d_states is not None:
-                torch.mm(gradient, weight, out=d_states[part])
-            if d_weight is not None:
-                if gradient.dtype == dtype:
-                    d_weight.addmm_(gradient.T, mine.states)
-                else:
-                    d_weight += gradient.T @ mine.states
-            if d_bias is not None:
-                d_bias += gradient.sum(0)
-        ctx.gradients = [
-            None if d is None else d.to(own) for d, own in ((d_states, states), (d_weight, weight), (d_bias, bias))
-        ]
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if d is None else d * outer[0].to(d) for d in ctx.gradients), None
 
 
 class InChunks(Loss):
@@ -177,13 +33,18 @@ class InChunks(Loss):
     Args:
         loss: a loss of single positions: ``TaskLoss()``, ``KD()``, ``GeneralizedJSD()`` and others of one base.
         taps: the heads' inputs, ``"lm_head:input"``; by default those of the last linear layers.
-        chunk: positions at a time; by default as many as have about ``CHUNK_NUMBERS`` logits.
+        chunk: positions at a time; by default what :func:`chunked` takes.
+        backend: ``"liger"`` for the kernel of the package liger-kernel (extra ``liger``), on CUDA, with ``KD`` and
+            ``GeneralizedJSD`` and heads without bias and soft cap. On binding its value and gradients on some
+            positions are compared with ours; where they differ, that is said and ours are used. It has not been run
+            on a GPU by its authors here, only in Triton's interpreter.
 
     Weight and name are those of the loss inside.
 
     Raises:
-        TypeError: a loss that compares positions with one another, or no response loss.
-        ValueError: when binding, heads that give other logits than the models.
+        TypeError: a loss that compares positions with one another, or no response loss, or none that the backend has.
+        ValueError: when binding, heads that give other logits than the models, or that the backend cannot take.
+        ImportError: when binding, the backend's package is missing.
 
     Memory: see :func:`chunked`.
 
@@ -197,13 +58,16 @@ class InChunks(Loss):
 
     default_reads = "embedding"
 
-    def __init__(self, loss: Loss, *taps: Any, chunk: int | None = None):
+    def __init__(self, loss: Loss, *taps: Any, chunk: int | None = None, backend: Literal["liger"] | None = None):
         if not loss.separable:
             raise TypeError(f"InChunks: {type(loss).__name__} is no response loss that treats each position by itself")
         super().__init__(*taps, weight=loss.weight, name=loss.name)
         if chunk is not None and chunk < 1:
             raise ValueError(f"InChunks: chunk={chunk}: expected 1 or more")
-        self.loss, self.chunk = loss, chunk
+        if backend not in (None, "liger"):
+            raise ValueError(f"InChunks: backend={backend!r}: expected 'liger' or none")
+        self.loss, self.chunk, self.backend = loss, chunk, backend
+        self._fused = Fused.of(loss) if backend else None
         self.needs_labels, self.needs_teacher = loss.needs_labels, loss.needs_teacher
         self._heads: list[_Head] = []
 
@@ -222,12 +86,29 @@ class InChunks(Loss):
             raise ValueError(f"{self.name}: the heads have {counts} words; a response loss needs the same ones")
         return chosen
 
-    def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
+    def check(self, student: Record, teacher: Record, batch: Batch) -> None:
+        if self._fused is None:
+            return
+        sides = self._hidden(student, teacher)
+        check_usable(self.name, *sides)
+        formula = partial(self._formula, replace(batch, labels=None))
+        found, bound = deviation(self._fused, formula, *sides)
+        if not found <= bound:
+            say(f"{self.name}: Liger's kernel deviates by {found:.2g} (bound {bound:g}) and is not used")
+            self._fused = None
+
+    def _hidden(self, student: Record, teacher: Record) -> list[Hidden]:
         hidden = [self._heads[0].on(student[self.pairs[0][0]])]
         if self.needs_teacher:
             hidden.append(self._heads[1].on(teacher[self.pairs[0][1]]))
+        return hidden
+
+    def forward(self, student: Record, teacher: Record, batch: Batch) -> Tensor:
+        hidden = self._hidden(student, teacher)
         beside = [] if batch.labels is None else [batch.labels]
         known = None if batch.labels is None else batch.labels != UNLABELLED
+        if self._fused is not None:
+            return self._fused(hidden[0], hidden[1], known)
         return chunked(partial(self._formula, batch), *hidden, *beside, mask=known, chunk=self.chunk)
 
     def _formula(self, batch: Batch, logits: Tensor, *others: Tensor) -> Tensor:
@@ -240,7 +121,8 @@ class InChunks(Loss):
         return self.loss.units(batch)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, chunk={self.chunk}"
+        backend = "" if self.backend is None else f", backend={self.backend!r}"
+        return f"{super().extra_repr()}, chunk={self.chunk}{backend}"
 
 
 @dataclass(frozen=True)

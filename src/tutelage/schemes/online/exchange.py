@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tutelage.checkpoint import write_weights
+from tutelage.checked import Damaged, read_weights_about, write_weights
 
 _NAME = re.compile(r"peer-(\d+)-step-(\d+)(-last)?\.safetensors")
 
@@ -80,13 +79,13 @@ class Exchange:
             DamagedWeights: it is no whole file of weights, or of another step than its name says.
         """
         try:
-            with safe_open(published.path, framework="pt") as file:
-                step = (file.metadata() or {}).get("step")
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            state, about = read_weights_about(published.path)
         except FileNotFoundError:
             raise
-        except (SafetensorError, OSError) as error:
-            raise DamagedWeights(f"{published.path} is damaged: {error}") from error
-        if step != str(published.step):
+        except Damaged as error:
+            raise DamagedWeights(str(error)) from error
+        except OSError as error:
+            raise DamagedWeights(f"{published.path} cannot be read: {error}") from error
+        if (step := about.get("step")) != str(published.step):
             raise DamagedWeights(f"{published.path} says that it is of step {step}")
         return state
