@@ -96,7 +96,7 @@ PAIRS = {
         1000,
         ("layer1", "layer2", "layer3", "layer4"),
         "avgpool",
-        11,
+        7,
     ),
 }
 

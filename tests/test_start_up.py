@@ -59,3 +59,15 @@ def test_the_codecs_of_the_command_line_are_those_that_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["cache", "--help"])
     assert f"--codec {{{','.join(NAMES)}}}" in capsys.readouterr().out
+
+
+def test_modules_are_there_without_an_import_of_their_own():
+    code = "import tutelage as tl; print(tl.views.read_batch.__name__, tl.engine.fit.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["read_batch", "fit"]
+
+
+def test_a_wrong_name_is_answered_with_the_nearest_right_one():
+    with pytest.raises(AttributeError, match=r"module 'tutelage' has no 'FitNet'; nearest: 'FitNets'"):
+        _ = tutelage.FitNet
+    assert not hasattr(tutelage, "_private")

@@ -193,6 +193,22 @@ def test_other_samples_are_drawn_uniformly_and_never_the_own():
         assert share[torch.arange(6) != own].sub(0.2).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("samples", [101, 2**20 + 1])
+def test_other_samples_are_independent_though_they_come_in_order(samples):
+    torch.manual_seed(0)
+    ids = torch.tensor([0, samples // 2, samples - 1])
+    drawn = other_samples(ids, samples, 10_000)
+    assert (drawn.diff(dim=1) >= 0).all()
+    assert drawn.min() >= 0
+    assert drawn.max() < samples
+    # counts in 100 equal parts: 100 ± 10 each, as of independent draws, where evenly spread ones would have 100 ± 0
+    others = drawn - (drawn > ids.unsqueeze(1)).long()
+    counts = torch.stack([row.bincount(minlength=100) for row in others * 100 // (samples - 1)]).double()
+    assert counts.shape == (3, 100)
+    assert 7.5 < counts.std() < 12.5
+    assert counts.mean() == 100
+
+
 def test_other_classes_are_drawn_uniformly_however_unequal_they_are():
     torch.manual_seed(0)
     # classes of 1, 2 and 6 samples, and one that has not been seen

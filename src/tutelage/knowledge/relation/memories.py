@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def other_samples(ids: Tensor, samples: int, count: int) -> Tensor:
-    """(B, count) numbers of samples drawn uniformly, with replacement, from all but one's own.
+    """(B, count) numbers of samples drawn uniformly, with replacement, from all but one's own, in ascending order.
+
+    They are the sums of exponential gaps, divided by the sum of them all. Their order means nothing to what is made of
+    them, and looking rows up in it goes through a memory once from its begin to its end, which takes a third of the
+    time of jumping about.
 
     Args:
         ids: (B,) own numbers.
@@ -20,7 +24,10 @@ def other_samples(ids: Tensor, samples: int, count: int) -> Tensor:
     tensor([[1, 1, 1],
             [0, 0, 0]])
     """
-    drawn = torch.randint(samples - 1, (len(ids), count), device=ids.device)
+    dtype = torch.float32 if samples < 2**20 else torch.float64  # with 24 bits, some of more numbers come more often
+    uniform = torch.rand(len(ids), count + 1, dtype=dtype, device=ids.device)
+    places = uniform.neg_().add_(1).log_().cumsum(1)  # 0 may be drawn and 1 is not, and 0 has no logarithm
+    drawn = (places[:, :-1] / places[:, -1:] * (samples - 1)).long().clamp_(max=samples - 2)
     return drawn + (drawn >= ids.unsqueeze(1))
 
 
