@@ -451,11 +451,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="benchmarks/results/step_time.json")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="others' rows stay")
     parser.add_argument("--rounds", type=int, help="of each form; by default the pair's own")
+
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    out, again = Path(given.out), {(pair, name) for pair in given.pairs for name in given.methods}
+    there = json.loads(out.read_text())["rows"] if out.exists() else []
+    rows = [row for row in there if (row["pair"], row["method"]) not in again]
     for pair in given.pairs:
         for name in given.methods:
             rows.append({"pair": pair, **measure(name, PAIRS[pair], given.rounds or PAIRS[pair].rounds)})
@@ -464,16 +467,18 @@ def main() -> None:
             }
             above = rows[-1]["forms"]["tutelage"]["peak_above_limit"] / 2**20
             print(f"{pair} {name}: {forms}, {above:+.1f} MiB", flush=True)
+    places = [(pair, name) for pair in PAIRS for name in METHODS]
+    rows.sort(key=lambda row: places.index((row["pair"], row["method"])))
     installed = importlib.util.find_spec("torchdistill")
     content = {
         "what": "seconds of a training step ÷ the bare limit's of the same round, one thread, float32; memory above it",
-        "batch": {name: PAIRS[name].batch for name in given.pairs},
+        "batch": {name: pair.batch for name, pair in PAIRS.items()},
         "crd": {"bank": SAMPLES, "negatives": NEGATIVES},
         "torchdistill": importlib.metadata.version("torchdistill") if installed else None,
         "environment": environment(),
         "rows": rows,
     }
-    with replacing(Path(given.out)) as beside:
+    with replacing(out) as beside:
         beside.write_text(json.dumps(content, indent=1))
 
 
