@@ -16,7 +16,6 @@ import cache_cases
 
 from tutelage import cache_files
 
-cache_files.MOST_ROWS = 20  # so that there are several shards
 BATCH = 7
 
 
@@ -63,6 +62,7 @@ def fill(out: Path, kind: str | None, at: int, words: Path) -> int:
 
 
 def main(folder: Path) -> None:
+    cache_files.MOST_ROWS = 20  # so that there are several shards
     words, chance, moments = folder / "words.txt", random.Random(7), []
     assert fill(folder / "whole", None, 0, words) == 0, words.read_text()
     chain = [(HALF, 1), ("rename", 1), (OPENED, 3), (OPENED, 4), ("rename", 2)]
