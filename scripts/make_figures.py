@@ -59,7 +59,7 @@ torchdistill's correlation congruence was seen to take 127 times its inputs in o
 *Straightforward* is the formula as it stands, which gives our value on a small input. torchdistill {version} is beside
 it where it has the method; its FSP and correlation congruence take norms where ours are squares, and its similarity
 normalises by another norm. Forms whose largest tensor alone would take more than 3 GB were not run;
-its size stands in their place."""
+its size stands in their place. The rows of FSP and CRD are from before both took their gradient with their value."""
 
 
 def percent(values: list[float]) -> str:
