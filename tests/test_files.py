@@ -151,11 +151,10 @@ spec = importlib.util.spec_from_file_location("files", sys.argv[1])
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 with files.locked(sys.argv[2]):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:  # which has let go of the lock by the time that it comes here
+        print(os.getpid(), flush=True)
         sys.stdin.read()
         os._exit(0)
-    print(child, flush=True)
     time.sleep(600)
 """
 

@@ -124,6 +124,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, accumulate):
     assert resumed[1].steps == straight[1].steps
 
 
+@pytest.mark.slow
 def test_few_labels_the_average_is_better_than_the_network_itself():
     """Of 1,000 samples a tenth have labels: the averaged network against the one it averages, and against none."""
     data = fashion_loaders(limit=1000, validation=500, batch_size=50)
