@@ -146,7 +146,7 @@ class _BankNCE(torch.autograd.Function):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) of constants, to rounding; on the processor a third of the time of torch's.
+    """log(1 + exp(x)) of constants, to rounding; on the processor in less time than torch's.
 
     With u = 1 + e and e = exp(−|x|), log(u)·e / (u − 1) is log(1 + e) without the loss of digits in u: log is fast
     where log1p is not.

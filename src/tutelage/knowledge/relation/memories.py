@@ -12,8 +12,8 @@ def other_samples(ids: Tensor, samples: int, count: int) -> Tensor:
     """(B, count) numbers of samples drawn uniformly, with replacement, from all but one's own, in ascending order.
 
     They are the sums of exponential gaps, divided by the sum of them all. Their order means nothing to what is made of
-    them, and looking rows up in it goes through a memory once from its begin to its end, which takes a third of the
-    time of jumping about.
+    them, and looking rows up in it goes through a memory once from its begin to its end, which is faster than jumping
+    about.
 
     Args:
         ids: (B,) own numbers.
